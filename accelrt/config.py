@@ -1,0 +1,133 @@
+"""The settings of a wrapped model: validated, and read from dict, YAML or JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_LENGTHS = (
+    "frames_per_slice",
+    "pixels_per_slice",
+    "ff_rows",
+    "samples_per_slice",
+    "vae_images",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a wrapped model is cut along space. Every setting is exact; they trade memory for time.
+
+    A length of ``None`` is chosen at each call by one rule: the longest slice whose
+    widest intermediate stays within ``slice_mib``, at least one item, and the slices
+    of one group as equal as the division allows.
+
+    Args:
+        frames_per_slice: images (batch times frames) in one slice of a spatial group:
+            ResNet blocks, spatial transformers, upsamplers, the output convolution.
+        pixels_per_slice: pixels in one slice of a motion module, each with all its
+            frames and samples.
+        ff_rows: tokens in one slice of a feed-forward layer.
+        samples_per_slice: batch samples in one slice of an image transformer (DiT).
+        vae_images: images that go through the VAE encoder or decoder together.
+        slice_mib: size in MiB that ``None`` lengths aim at; ``None`` means 8 on the CPU
+            (about a last-level cache) and 64 on a GPU (long enough to hide launches).
+        inplace: groups may write over inputs that nothing else needs.
+        fuse: use the fused operators; ``False`` runs the same slices with the model's
+            own modules, for comparison.
+
+    Raises:
+        ValueError: for a wrong value, naming the setting, the value and what is allowed.
+    """
+
+    frames_per_slice: int | None = None
+    pixels_per_slice: int | None = None
+    ff_rows: int | None = None
+    samples_per_slice: int | None = None
+    vae_images: int | None = 1
+    slice_mib: float | None = None
+    inplace: bool = True
+    fuse: bool = True
+
+    def __post_init__(self) -> None:
+        for name in _LENGTHS:
+            value = getattr(self, name)
+            if value is not None and (
+                not isinstance(value, int) or isinstance(value, bool) or value < 1
+            ):
+                raise ValueError(f"{name} is {value!r}; allowed: an integer >= 1, or None")
+        mib = self.slice_mib
+        if mib is not None and (
+            not isinstance(mib, (int, float)) or isinstance(mib, bool) or not 0 < mib < 1e6
+        ):
+            raise ValueError(f"slice_mib is {mib!r}; allowed: a number above 0, below 1e6, or None")
+        for name in ("inplace", "fuse"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: True, False")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """Build a config from a mapping.
+
+        Raises:
+            ValueError: for an unknown key (naming it and the known ones) or a wrong value.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"a config is a mapping of settings; got {type(values).__name__}")
+        _check_names(values)
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Config:
+        """Read a config from a ``.yaml``, ``.yml`` or ``.json`` file.
+
+        Raises:
+            ValueError: for another suffix, a file that does not parse, an unknown key or
+                a wrong value; the message names the file.
+            OSError: if the file cannot be read.
+        """
+        path = Path(path)
+        suffix = path.suffix.lower()
+        if suffix not in (".yaml", ".yml", ".json"):
+            raise ValueError(f"{path}: the suffix is {suffix!r}; allowed: .yaml, .yml, .json")
+        text = path.read_text(encoding="utf-8")
+        values: Any
+        if suffix == ".json":
+            try:
+                values = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} is not valid JSON: {error}") from error
+        else:
+            import yaml
+
+            try:
+                values = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{path} is not valid YAML: {error}") from error
+        try:
+            return cls.from_dict({} if values is None else values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain values; the inverse of :meth:`from_dict`."""
+        return dataclasses.asdict(self)
+
+    def override(self, **values: Any) -> Config:
+        """A copy with some settings replaced.
+
+        Raises:
+            ValueError: for an unknown key or a wrong value.
+        """
+        _check_names(values)
+        return dataclasses.replace(self, **values)
+
+
+def _check_names(values: dict[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(Config)]
+    unknown = sorted(str(key) for key in values if key not in known)
+    if unknown:
+        raise ValueError(f"unknown setting {', '.join(unknown)}; known: {', '.join(known)}")

@@ -1,0 +1,117 @@
+"""Feed-forward layers, sliced along tokens, added into the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from diffusers.models.activations import GEGLU, GELU
+from diffusers.models.attention import FeedForward
+from torch import Tensor, nn
+
+from accelrt import ops
+from accelrt.config import Config
+
+from .recognise import is_inactive_dropout, is_plain, is_plain_linear, is_row_wise
+from .slicing import slice_length
+
+
+def feed_forward_reason(module: nn.Module) -> str:
+    """Why the layer must be called whole on its input; empty if it is recognised."""
+    if not is_plain(module, FeedForward):
+        return f"{type(module).__name__} is not a plain FeedForward"
+    net: Any = module.net
+    if len(net) < 3 or not all(is_inactive_dropout(m) for m in (net[1], *net[3:])):
+        return "dropout is active"
+    if not is_row_wise(net[2]) or not is_row_wise(getattr(net[0], "proj", None)):
+        return "projections of an unknown kind"
+    return ""
+
+
+def activation_remark(module: nn.Module) -> str:
+    """What a summary says of an activation without a fused operator."""
+    first: Any = module.net[0]  # type: ignore[index]
+    if is_plain(first, GEGLU, GELU):
+        return ""
+    return f"feed-forward activation {type(first).__name__} runs as it came"
+
+
+class FeedForwardRunner:
+    """``residual += gate * ff(x)``, the hidden activation existing for one slice only.
+
+    Args:
+        module: the feed-forward layer.
+        config: ``ff_rows`` and ``fuse``.
+    """
+
+    def __init__(self, module: nn.Module, config: Config) -> None:
+        self.module = module
+        self.config = config
+        self.known = not feed_forward_reason(module)
+        self.rows: int | None = None
+        if not self.known:
+            return
+        net: Any = module.net
+        self.out = net[2]
+        self.hidden = self._activation(net[0]) if config.fuse else net[0]
+        self.width = int(getattr(net[0].proj, "out_features", 0) or 0)
+
+    @staticmethod
+    def _activation(first: Any) -> Callable[[Tensor], Tensor]:
+        """``x`` to the activated hidden state, fused where the class is known."""
+        if is_plain(first, GEGLU):
+            return lambda x: ops.geglu(first.proj(x))
+        if is_plain(first, GELU):
+            run = ops.gelu_tanh if first.approximate == "tanh" else ops.gelu
+            if is_plain_linear(first.proj):
+
+                def overwrite(x: Tensor) -> Tensor:
+                    h = first.proj(x)
+                    return run(h, out=h)
+
+                return overwrite
+            return lambda x: run(first.proj(x))
+        return first  # type: ignore[no-any-return]
+
+    def _pieces(self, x: Tensor) -> Iterator[tuple[slice, slice]]:
+        """Slices of samples and of tokens whose rows are contiguous in memory."""
+        batch, length, channels = x.shape
+        width = max(self.width, channels)
+        rows = slice_length(
+            batch * length, self.config.ff_rows, width * x.element_size(), self.config, x.device
+        )
+        self.rows = rows
+        if rows >= length:
+            step = rows // length
+            for start in range(0, batch, step):
+                yield slice(start, start + step), slice(None)
+            return
+        for sample in range(batch):
+            for start in range(0, length, rows):
+                yield slice(sample, sample + 1), slice(start, start + rows)
+
+    def __call__(self, x: Tensor, residual: Tensor, gate: Tensor | None = None) -> None:
+        """Add to ``residual`` in place.
+
+        Args:
+            x: ``[B, S, D]``, the normed input.
+            residual: ``[B, S, D]``.
+            gate: ``[B, D]`` or ``None`` (one).
+        """
+        if not self.known:
+            self._add(self.module(x), residual, gate)
+            return
+        if gate is None and x.is_contiguous() and residual.is_contiguous():
+            x, residual = x.view(1, -1, x.shape[-1]), residual.view(1, -1, residual.shape[-1])
+        for samples, rows in self._pieces(x):
+            y = self.out(self.hidden(x[samples, rows]))
+            self._add(y, residual[samples, rows], None if gate is None else gate[samples])
+
+    def _add(self, y: Tensor, residual: Tensor, gate: Tensor | None) -> None:
+        if gate is not None:
+            torch.addcmul(residual, gate[:, None, :], y, out=residual)
+        elif self.config.fuse:
+            ops.residual_blend(residual, y, out=residual)
+        else:
+            residual.add_(y)

@@ -1,0 +1,79 @@
+"""Norm leaves: the fused operator when the module is recognised, else the module itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from accelrt import ops
+
+from .recognise import is_silu, plain_norm
+
+
+class GroupNormAct:
+    """GroupNorm over each image, then an activation; decided once per group call.
+
+    Args:
+        norm: the norm module.
+        act: the activation module, or ``None``.
+        dtype: of the activations.
+        fuse: allow the fused operators.
+    """
+
+    def __init__(
+        self, norm: nn.Module, act: nn.Module | None, dtype: torch.dtype, fuse: bool
+    ) -> None:
+        self.norm = norm
+        self.act = act
+        self.fused = fuse and plain_norm(norm, nn.GroupNorm, dtype)
+        self.silu = self.fused and is_silu(act)
+
+    def __call__(
+        self,
+        x: Tensor,
+        x2: Tensor | None = None,
+        *,
+        add: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        overwrite: bool = False,
+    ) -> Tensor:
+        """``act(norm(x | x2 + add) * (1 + scale) + shift)``.
+
+        Args:
+            x: ``[n, C1, H, W]``.
+            x2: ``[n, C2, H, W]`` joined along the channels, or ``None``.
+            add, scale, shift: ``[n, C]`` or ``None``.
+            overwrite: the result may be written over ``x``.
+        """
+        if self.fused:
+            norm = self.norm
+            assert isinstance(norm, nn.GroupNorm)
+            stats = ops.group_norm_stats(x, norm.num_groups, x2=x2, add=add)
+            out = x if overwrite and x2 is None else None
+            y = ops.group_norm_apply(
+                x, stats, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, x2=x2,
+                add=add, scale=scale, shift=shift, silu=self.silu, out=out,
+            )  # fmt: skip
+            if self.silu or self.act is None:
+                return y
+            activated: Tensor = self.act(y)
+            return activated
+        full = x if x2 is None else torch.cat([x, x2], dim=1)
+        if add is not None:
+            full = full + add[:, :, None, None]
+        y = self.norm(full)
+        if scale is not None:
+            y = y * (1 + scale[:, :, None, None])
+        if shift is not None:
+            y = y + shift[:, :, None, None]
+        return y if self.act is None else self.act(y)
+
+
+def unfused_norm(name: str, norm: nn.Module, act: nn.Module | None) -> list[str]:
+    """The remark of a summary if ``norm`` and ``act`` cannot be one fused operator."""
+    if not plain_norm(norm, nn.GroupNorm, None):
+        return [f"{name}: {type(norm).__name__} runs as it came"]
+    if act is not None and not is_silu(act):
+        return [f"{name}: {type(act).__name__} activation is separate"]
+    return []

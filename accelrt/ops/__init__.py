@@ -1,0 +1,33 @@
+"""Public functional operators: the fourth level, one fused kernel each.
+
+Every function takes CPU or CUDA tensors in float32, bfloat16 or float16 with
+arbitrary strides (the last, or the channel, stride being 1 is the fast case),
+accumulates in float32 and rounds once. float64 tensors are computed by
+:mod:`accelrt.reference`, the pure-torch truth with the same signatures. ``out=``
+writes to a tensor of the caller, which may be a strided view; each docstring
+says which inputs it may alias. All raise :class:`ValueError` naming the operator
+and the offending value before anything is written. None has a gradient.
+"""
+
+from .activations import geglu, gelu, gelu_tanh, silu
+from .attention import temporal_attention
+from .blend import residual_blend
+from .group_norm import group_norm_apply, group_norm_merge, group_norm_stats
+from .layer_norm import gate_residual_layer_norm_modulate, layer_norm_modulate
+from .steps import feature_delta, guided_step
+
+__all__ = [
+    "feature_delta",
+    "gate_residual_layer_norm_modulate",
+    "geglu",
+    "gelu",
+    "gelu_tanh",
+    "group_norm_apply",
+    "group_norm_merge",
+    "group_norm_stats",
+    "guided_step",
+    "layer_norm_modulate",
+    "residual_blend",
+    "silu",
+    "temporal_attention",
+]

@@ -1,0 +1,55 @@
+// The Python module: build information and the objects that are no tensors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "accelrt/cpu_isa.h"
+#include "accelrt/parallel.h"
+
+namespace py = pybind11;
+
+namespace {
+
+void torch_backend(int64_t begin, int64_t end, int64_t grain, accelrt::ParallelBody body,
+                   void* context) {
+  torch::stable::parallel_for(begin, end, grain,
+                              [=](int64_t b, int64_t e) { body(b, e, context); });
+}
+
+py::dict build_info() {
+  py::dict info;
+#if defined(ACCELRT_HAVE_CUDA)
+  info["cuda"] = true;
+  info["cuda_compiler"] = ACCELRT_CUDA_COMPILER;
+  info["cuda_architectures"] = ACCELRT_CUDA_ARCHITECTURES;
+#else
+  info["cuda"] = false;
+  info["cuda_compiler"] = py::none();
+  info["cuda_architectures"] = py::none();
+#endif
+  info["compiler"] = ACCELRT_COMPILER;
+  info["build_type"] = ACCELRT_BUILD_TYPE;
+  info["torch_target"] = "2.11";
+  info["torch_headers"] = ACCELRT_TORCH_VERSION;
+#if defined(ACCELRT_HAVE_X86_ISA)
+  info["cpu_isas"] = std::vector<std::string>{"generic", "avx2", "avx512"};
+#else
+  info["cpu_isas"] = std::vector<std::string>{"generic"};
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  accelrt::set_parallel_backend(&torch_backend);
+  m.def("build_info", &build_info, "What this extension was built with.");
+  m.def(
+      "best_isa", [] { return accelrt::name_of(accelrt::best_isa()); },
+      "The best instruction set of this processor that the build has.");
+  m.def(
+      "active_isa", [] { return accelrt::name_of(accelrt::active_isa()); },
+      "The instruction set in use (see ACCELRT_CPU_ISA).");
+  m.def("set_isa", &accelrt::set_isa, py::arg("name"),
+        "Force 'generic', 'avx2' or 'avx512' in this process.");
+}

@@ -1,0 +1,71 @@
+#include <algorithm>
+
+#include "accelrt/dispatch.h"
+#include "accelrt/parallel.h"
+#include "accelrt/vec.h"
+#include "kernels/activation/activation.h"
+
+namespace accelrt {
+namespace ACCELRT_ISA {
+namespace {
+
+template <ActivationKind kKind>
+Vec apply(Vec x) {
+  if constexpr (kKind == ActivationKind::kSiLU) return silu(x);
+  if constexpr (kKind == ActivationKind::kGELU) return gelu(x);
+  return gelu_tanh(x);
+}
+
+// [begin, end) of one row.
+template <typename T, ActivationKind kKind>
+void row_part(const ActivationParams& p, const T* x, T* out, int64_t begin, int64_t end) {
+  const T* bias = static_cast<const T*>(p.bias);
+  if (p.rows.unit_inner()) {
+    for_lanes(end - begin, [&](int64_t i, int n) {
+      const int64_t at = begin + i;
+      Vec v = load_any(x + at, n);
+      if (bias != nullptr) v += load_any(bias + at, n);
+      store_any(out + at, n, apply<kKind>(v));
+    });
+    return;
+  }
+  for (int64_t at = begin; at < end; ++at) {
+    float v = to_float(x[at * p.rows.inner_stride[0]]);
+    if (bias != nullptr) v += to_float(bias[at]);
+    out[at * p.rows.inner_stride[1]] = from_float<T>(apply<kKind>(Vec(v)).v[0]);
+  }
+}
+
+template <typename T, ActivationKind kKind>
+void run(const ActivationParams& p) {
+  // Rows are cut into pieces, so that one long row is shared by the threads too.
+  constexpr int64_t kPiece = 16384;
+  const int64_t pieces = (p.rows.inner + kPiece - 1) / kPiece;
+  const int64_t grain = std::max<int64_t>(1, kPiece / std::min(p.rows.inner, kPiece));
+  parallel_for(0, p.rows.rows * pieces, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      int64_t offset[2];
+      p.rows.offsets(i / pieces, offset);
+      const int64_t from = (i % pieces) * kPiece;
+      row_part<T, kKind>(p, static_cast<const T*>(p.x) + offset[0],
+                         static_cast<T*>(p.out) + offset[1], from,
+                         std::min(from + kPiece, p.rows.inner));
+    }
+  });
+}
+
+}  // namespace
+
+void activation_cpu(const ActivationParams& p) {
+  dispatch_dtype("activation", p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    switch (p.kind) {
+      case ActivationKind::kSiLU: run<T, ActivationKind::kSiLU>(p); break;
+      case ActivationKind::kGELU: run<T, ActivationKind::kGELU>(p); break;
+      case ActivationKind::kGELUTanh: run<T, ActivationKind::kGELUTanh>(p); break;
+    }
+  });
+}
+
+}  // namespace ACCELRT_ISA
+}  // namespace accelrt

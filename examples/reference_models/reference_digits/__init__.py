@@ -1,0 +1,1 @@
+"""Small reference diffusion models trained on scikit-learn's handwritten digits."""

@@ -1,0 +1,281 @@
+"""The training stages: classifier, VAE, DiT and AnimateDiff."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKL,
+    DiTPipeline,
+    UNetMotionModel,
+)
+from rich.progress import track
+from safetensors.torch import save_file
+from torch import nn
+
+from . import data, models
+from .training import (
+    DiffusionLoss,
+    autocast,
+    fit,
+    kl_to_standard_normal,
+    reconstruction_loss,
+    step_rng,
+)
+
+LABEL_DROPOUT = 0.1
+NULL_CLASS = 1000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where things go and how long each stage trains."""
+
+    out: Path
+    work: Path
+    seed: int = 0
+    classifier_steps: int = 1500
+    vae_steps: int = 2000
+    dit_steps: int = 4000
+    unet_steps: int = 700
+    motion_steps: int = 1100
+    dit_pool: int = 40_000
+    video_pool: int = 5_000
+
+
+def train_classifier(cfg: Settings) -> dict[str, Any]:
+    """Train the digit classifier and save it with its held-out accuracy."""
+    train, test = data.load_splits()
+    torch.manual_seed(cfg.seed)
+    model = models.DigitClassifier()
+
+    def loss_fn(step: int, rng: torch.Generator) -> torch.Tensor:
+        index = data.sample_indices(train, 128, rng)
+        render = data.render_images if step % 2 else data.render_frames
+        images = render(train, index, rng)
+        # A little noise, so that soft or slightly wrong strokes are not out of its world.
+        level = torch.rand(len(images), 1, 1, 1, generator=rng) * 0.15
+        images = images + level * torch.randn(images.shape, generator=rng)
+        return F.cross_entropy(model(images), train.labels[index], label_smoothing=0.02)
+
+    result = fit(
+        "classifier",
+        model,
+        loss_fn,
+        steps=cfg.classifier_steps,
+        lr=2e-3,
+        work=cfg.work,
+        seed=cfg.seed,
+        weight_decay=1e-3,
+        ema_decay=0.99,
+    )
+    target = cfg.out / "classifier"
+    target.mkdir(parents=True, exist_ok=True)
+    half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    save_file({k: v.contiguous() for k, v in half.items()}, target / "model.safetensors")
+
+    model.load_state_dict(half)
+    accuracies = {}
+    for name, render in (("images", data.render_images), ("frames", data.render_frames)):
+        index = torch.arange(len(test)).repeat(5)
+        images = render(test, index, step_rng(cfg.seed, f"held-out {name}", 0))
+        with torch.inference_mode():
+            hits = model(images).argmax(dim=1) == test.labels[index]
+        accuracies[name] = round(hits.float().mean().item(), 4)
+    return {"training": result.as_dict(), "held_out_accuracy": accuracies}
+
+
+def _half_images_half_frames(split: data.Split, n: int, rng: torch.Generator) -> torch.Tensor:
+    stills = data.render_images(split, data.sample_indices(split, n // 2, rng), rng)
+    frames = data.render_frames(split, data.sample_indices(split, n - n // 2, rng), rng)
+    return torch.cat([stills, frames])
+
+
+def train_vae(cfg: Settings) -> tuple[AutoencoderKL, dict[str, Any]]:
+    """Train the autoencoder both pipelines share and measure its scaling factor."""
+    train, test = data.load_splits()
+    torch.manual_seed(cfg.seed + 1)
+    vae = models.build_vae()
+
+    def loss_fn(step: int, rng: torch.Generator) -> torch.Tensor:
+        images = _half_images_half_frames(train, 64, rng)
+        with autocast(True):
+            posterior = vae.encode(images).latent_dist
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
+            noise = torch.randn(mean.shape, generator=rng)
+            output = vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample
+        return reconstruction_loss(output, images) + 3e-4 * kl_to_standard_normal(mean, logvar)
+
+    result = fit("vae", vae, loss_fn, steps=cfg.vae_steps, lr=2e-3, work=cfg.work, seed=cfg.seed)
+    images = _half_images_half_frames(train, 2048, step_rng(cfg.seed, "vae scale", 0))
+    std = encode(vae, images, scale=1.0).std().item()
+    vae.register_to_config(scaling_factor=round(1 / std, 5))
+
+    held_out = _half_images_half_frames(test, 512, step_rng(cfg.seed, "vae test", 0))
+    with torch.inference_mode():
+        decoded = vae.decode(vae.encode(held_out).latent_dist.mean).sample.clamp(-1, 1)
+    mse = F.mse_loss(decoded / 2, held_out / 2)
+    return vae, {
+        "training": result.as_dict(),
+        "scaling_factor": vae.config.scaling_factor,
+        "held_out_psnr_db": round(-10 * torch.log10(mse).item(), 2),
+    }
+
+
+@torch.inference_mode()
+def encode(vae: AutoencoderKL, images: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    """Latents (posterior means, scaled) of images ``(N, 3, H, W)``."""
+    factor = vae.config.scaling_factor if scale is None else scale
+    parts = [vae.encode(chunk).latent_dist.mean for chunk in images.split(256)]
+    return torch.cat(parts) * factor
+
+
+def _pool(count: int, chunk: int, label: str, make: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    starts = range(0, count, chunk)
+    return torch.cat([make(start) for start in track(starts, description=label)]).clone()
+
+
+def train_dit(cfg: Settings, vae: AutoencoderKL) -> dict[str, Any]:
+    """Train the class-conditional DiT (with learned sigma) and save its pipeline."""
+    train, _ = data.load_splits()
+    labels: list[torch.Tensor] = []
+
+    def make(start: int) -> torch.Tensor:
+        rng = step_rng(cfg.seed, "dit pool", start)
+        index = data.sample_indices(train, 1000, rng)
+        labels.append(train.labels[index])
+        return encode(vae, data.render_images(train, index, rng))
+
+    pool = _pool(cfg.dit_pool, 1000, "latents (DiT)", make)
+    pool_labels = torch.cat(labels)
+    torch.manual_seed(cfg.seed + 2)
+    model = models.build_dit()
+    scheduler = models.dit_scheduler()
+    diffusion = DiffusionLoss(scheduler.betas)
+
+    def loss_fn(step: int, rng: torch.Generator) -> torch.Tensor:
+        index = torch.randint(len(pool), (128,), generator=rng)
+        classes = pool_labels[index]
+        dropped = torch.rand(len(index), generator=rng) < LABEL_DROPOUT
+        classes = torch.where(dropped, torch.full_like(classes, NULL_CLASS), classes)
+        noisy, noise, timesteps = diffusion.add_noise(pool[index], rng)
+        output = model(noisy, timestep=timesteps, class_labels=classes).sample
+        prediction, variance = output.chunk(2, dim=1)
+        bound = diffusion.variational(prediction, variance, pool[index], noisy, timesteps)
+        return diffusion.simple(prediction, noise, timesteps) + 0.1 * bound
+
+    # The label dropout above picks the null class; the model's own (0.1, in training mode)
+    # would draw from the global generator, which a resumed run could not repeat.
+    for block in model.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.0
+    result = fit("dit", model, loss_fn, steps=cfg.dit_steps, lr=1e-3, work=cfg.work, seed=cfg.seed)
+    id2label = {str(i): f"{word}, {i}" for i, word in enumerate(data.DIGIT_WORDS)}
+    pipe = DiTPipeline(model, _copy_vae(vae), scheduler, id2label=id2label)
+    pipe.register_to_config(id2label=id2label)
+    _save(pipe, cfg.out / "dit")
+    return {"training": result.as_dict()}
+
+
+class TextToVideo(nn.Module):
+    """The modules of AnimateDiff that are trained together."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+
+    def forward(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """Predicted noise for images ``(N, C, H, W)`` or videos ``(N, C, F, H, W)``."""
+        context = self.text_encoder(tokens).last_hidden_state
+        if noisy.dim() == 5:
+            context = context.repeat_interleave(noisy.shape[2], dim=0)
+        return self.unet(noisy, timesteps, encoder_hidden_states=context).sample
+
+
+def train_animatediff(cfg: Settings, vae: AutoencoderKL) -> dict[str, Any]:
+    """Train AnimateDiff as its authors do: first the image UNet, then the motion modules.
+
+    The second phase trains the spatial layers and the text encoder on as well.
+    """
+    train, _ = data.load_splits()
+    prompts: list[str] = []
+
+    def make(start: int) -> torch.Tensor:
+        rng = step_rng(cfg.seed, "video pool", start)
+        videos, texts = data.render_videos(train, data.sample_indices(train, 100, rng), rng)
+        prompts.extend(texts)
+        latents = encode(vae, videos.flatten(0, 1))
+        return latents.view(*videos.shape[:2], *latents.shape[1:]).transpose(1, 2).contiguous()
+
+    pool = _pool(cfg.video_pool, 100, "latents (AnimateDiff)", make)
+    tokenizer = models.build_tokenizer()
+    tokens = tokenizer(
+        [*prompts, ""], padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+    pool_tokens, empty = tokens[:-1], tokens[-1]
+
+    torch.manual_seed(cfg.seed + 3)
+    scheduler = models.animatediff_scheduler()
+    diffusion = DiffusionLoss(scheduler.betas)
+    module = TextToVideo(models.build_unet2d(), models.build_text_encoder(tokenizer))
+
+    def loss_of(clean: torch.Tensor, index: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+        dropped = torch.rand(len(index), 1, generator=rng) < LABEL_DROPOUT
+        text = torch.where(dropped, empty, pool_tokens[index])
+        noisy, noise, timesteps = diffusion.add_noise(clean, rng)
+        with autocast(True):
+            prediction = module(noisy, timesteps, text)
+        return diffusion.simple(prediction, noise, timesteps)
+
+    def image_loss(step: int, rng: torch.Generator) -> torch.Tensor:
+        index = torch.randint(len(pool), (128,), generator=rng)
+        frame = torch.randint(pool.shape[2], (128,), generator=rng)
+        return loss_of(pool[index, :, frame], index, rng)
+
+    def video_loss(step: int, rng: torch.Generator) -> torch.Tensor:
+        index = torch.randint(len(pool), (12,), generator=rng)
+        return loss_of(pool[index], index, rng)
+
+    common: dict[str, Any] = {"work": cfg.work, "seed": cfg.seed, "checkpoint_every": 100}
+    images = fit("animatediff-images", module, image_loss, steps=cfg.unet_steps, lr=1e-3, **common)
+    torch.manual_seed(cfg.seed + 4)
+    module.unet = UNetMotionModel.from_unet2d(module.unet, models.build_motion_adapter())
+    videos = fit(
+        "animatediff-videos", module, video_loss, steps=cfg.motion_steps, lr=1e-3, **common
+    )
+    pipe = AnimateDiffPipeline(
+        vae=_copy_vae(vae),
+        text_encoder=module.text_encoder,
+        tokenizer=tokenizer,
+        unet=module.unet,
+        motion_adapter=models.export_motion_adapter(module.unet),
+        scheduler=scheduler,
+    )
+    target = cfg.out / "animatediff"
+    _save(pipe, target)
+    # Newer transformers write tokenizer.json only; older ones read these two.
+    tokenizer.backend_tokenizer.model.save(str(target / "tokenizer"))
+    return {"image_training": images.as_dict(), "video_training": videos.as_dict()}
+
+
+def _copy_vae(vae: AutoencoderKL) -> AutoencoderKL:
+    """A copy, since saving turns a pipeline's weights into fp16."""
+    copy = models.build_vae()
+    copy.load_state_dict(vae.state_dict())
+    copy.register_to_config(scaling_factor=vae.config.scaling_factor)
+    return copy
+
+
+def _save(pipe: DiTPipeline | AnimateDiffPipeline, target: Path) -> None:
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.eval()
+    pipe.to(torch.float16).save_pretrained(target, safe_serialization=True)

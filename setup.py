@@ -1,0 +1,71 @@
+"""Thin: finds torch's folder and lets CMake build the extension."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def torch_dir() -> Path | None:
+    """torch's package folder: importable, or (in an isolated build) of the target environment.
+
+    Only headers and libraries are needed, so an isolated build does not install torch again.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin is not None:
+        return Path(spec.origin).parent
+    for key in ("platlib", "purelib"):
+        candidate = Path(sysconfig.get_path(key)) / "torch"
+        if (candidate / "version.py").exists():
+            return candidate
+    return None
+
+
+class CMakeBuild(build_ext):
+    """Configure and build the `_C` target, into the place where setuptools wants it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        torch = torch_dir()
+        if torch is None:
+            raise RuntimeError(
+                "torch is not installed in this environment. Install it first "
+                "(accelrt needs torch >= 2.11), then `pip install .` again."
+            )
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(os.environ.get("ACCELRT_BUILD_DIR", Path(self.build_temp).resolve()))
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            "-DACCELRT_PYTHON=ON",
+            f"-DACCELRT_TORCH_DIR={torch}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+        ]  # fmt: skip
+        for name in ("ACCELRT_CUDA", "ACCELRT_CUDA_ARCHS"):
+            if os.environ.get(name):
+                configure.append(f"-D{name}={os.environ[name]}")
+        subprocess.run(configure, check=True)
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        subprocess.run(
+            ["cmake", "--build", str(build), "--target", "_C", "-j", jobs], check=True
+        )
+
+
+setup(
+    ext_modules=[Extension("accelrt._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    setup_requires=[] if torch_dir() is not None else ["torch>=2.11"],
+)

@@ -1,0 +1,53 @@
+"""Fixtures of the whole suite: the simulator's binaries, seeds, the operators' devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from accelrt import _C
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def sim_dir() -> Path:
+    """The folder of the simulator's binaries, built here (incrementally) from the sources."""
+    build = Path(os.environ.get("ACCELRT_SIM_BUILD", ROOT / "build" / "sim"))
+    configure = [
+        "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+        "-DACCELRT_SIM=ON", "-DACCELRT_CUDA=0", "-DCMAKE_BUILD_TYPE=Debug",
+    ]  # fmt: skip
+    for command in (
+        configure,
+        ["cmake", "--build", str(build), "--target", "accelrt_sim_asan", "accelrt_sim_tsan",
+         "accelrt_sim_no_barrier"],
+    ):  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return build
+
+
+@pytest.fixture(params=["generic", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest):
+    """Every CPU instruction set of the build that this processor has, forced in turn."""
+    if request.param not in _C.build_info()["cpu_isas"]:
+        pytest.skip(f"built without {request.param}")
+    before = _C.active_isa()
+    try:
+        _C.set_isa(request.param)
+    except RuntimeError as reason:
+        pytest.skip(str(reason))
+    yield request.param
+    _C.set_isa(before)

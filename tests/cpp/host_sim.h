@@ -1,0 +1,157 @@
+// A small simulator of the CUDA execution model, for compiling .cu files with a host compiler.
+//
+// A block runs with one std::thread per CUDA thread. __syncthreads is a barrier of the block,
+// __syncwarp and the shuffles a barrier of the warp with an exchange buffer, so that a data
+// race of the kernel is a data race of the program, which ThreadSanitizer reports, and an
+// access out of bounds one that AddressSanitizer reports. Blocks run one after the other.
+// With ACCELRT_SIM_DROP_BARRIER __syncthreads does nothing: a test uses it to show that a
+// missing barrier is noticed.
+#pragma once
+
+#include <atomic>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(int64_t x_ = 1, int64_t y_ = 1, int64_t z_ = 1)
+      : x(static_cast<unsigned>(x_)), y(static_cast<unsigned>(y_)), z(static_cast<unsigned>(z_)) {}
+};
+
+inline thread_local dim3 threadIdx{0, 0, 0}, blockIdx{0, 0, 0}, blockDim{1, 1, 1}, gridDim{1, 1, 1};
+
+namespace host_sim {
+
+constexpr int kWarp = 32;
+
+struct Warp {
+  explicit Warp(int threads) : size(threads), barrier(threads) {}
+  int size;
+  std::barrier<> barrier;
+  uint64_t exchange[kWarp] = {};
+};
+
+struct Block {
+  explicit Block(int threads, int64_t shared_bytes) : barrier(threads) {
+    for (int first = 0; first < threads; first += kWarp) {
+      warps.push_back(std::make_unique<Warp>(std::min(kWarp, threads - first)));
+    }
+    // Exact size, so that AddressSanitizer sees an access past the end.
+    if (shared_bytes > 0) {
+      shared = static_cast<unsigned char*>(std::aligned_alloc(16, (shared_bytes + 15) / 16 * 16));
+    }
+  }
+  ~Block() { std::free(shared); }
+  std::barrier<> barrier;
+  std::vector<std::unique_ptr<Warp>> warps;
+  unsigned char* shared = nullptr;
+};
+
+inline thread_local Block* current = nullptr;
+
+inline unsigned char* shared_memory() { return current->shared; }
+
+inline Warp& warp() { return *current->warps[threadIdx.x / kWarp]; }
+
+// All lanes of the warp take part (the masks of our kernels are full).
+template <typename T, typename Source>
+T exchange(T value, Source source) {
+  static_assert(sizeof(T) <= 8);
+  Warp& w = warp();
+  const int lane = threadIdx.x % kWarp;
+  std::memcpy(&w.exchange[lane], &value, sizeof(T));
+  w.barrier.arrive_and_wait();
+  const int from = source(lane);
+  T result = value;
+  if (from >= 0 && from < w.size) std::memcpy(&result, &w.exchange[from], sizeof(T));
+  w.barrier.arrive_and_wait();
+  return result;
+}
+
+template <typename Body>
+void run(dim3 grid, int threads, int64_t shared_bytes, const Body& body) {
+  const int64_t blocks = static_cast<int64_t>(grid.x) * grid.y * grid.z;
+  std::unique_ptr<Block> block;
+  std::barrier<> turn(threads);
+  auto work = [&](int thread) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      if (thread == 0) block = std::make_unique<Block>(threads, shared_bytes);
+      turn.arrive_and_wait();
+      current = block.get();
+      threadIdx = dim3(thread, 0, 0);
+      blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
+      blockDim = dim3(threads);
+      gridDim = grid;
+      body();
+      turn.arrive_and_wait();
+    }
+  };
+  std::vector<std::thread> pool;
+  pool.reserve(threads);
+  for (int t = 0; t < threads; ++t) pool.emplace_back(work, t);
+  for (std::thread& t : pool) t.join();
+}
+
+}  // namespace host_sim
+
+inline void __syncthreads() {
+#if !defined(ACCELRT_SIM_DROP_BARRIER)
+  host_sim::current->barrier.arrive_and_wait();
+#endif
+}
+
+inline void __syncwarp(unsigned = 0xffffffffu) { host_sim::warp().barrier.arrive_and_wait(); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return host_sim::exchange(value, [=](int lane) { return lane ^ mask; });
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned, T value, int delta) {
+  return host_sim::exchange(value, [=](int lane) { return lane + delta; });
+}
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int source) {
+  return host_sim::exchange(value, [=](int) { return source; });
+}
+
+inline float atomicAdd(float* address, float value) {
+  return std::atomic_ref<float>(*address).fetch_add(value);
+}
+
+inline int atomicAdd(int* address, int value) {
+  return std::atomic_ref<int>(*address).fetch_add(value);
+}
+
+inline unsigned atomicInc(unsigned* address, unsigned limit) {
+  std::atomic_ref<unsigned> ref(*address);
+  unsigned old = ref.load();
+  while (!ref.compare_exchange_weak(old, old >= limit ? 0 : old + 1)) {}
+  return old;
+}
+
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+
+template <typename T>
+T __ldg(const T* p) {
+  return *p;
+}
