@@ -60,9 +60,10 @@ void launch(const char* op, Kernel kernel, const LaunchConfig& config, Stream st
   }
   const dim3 grid(static_cast<unsigned>(config.grid_x), static_cast<unsigned>(config.grid_y),
                   static_cast<unsigned>(config.grid_z));
-  kernel<<<grid, config.threads, config.shared_bytes, static_cast<cudaStream_t>(stream)> > >(
-      params);
-  const cudaError_t status = cudaGetLastError();
+  void* arguments[] = {const_cast<Params*>(&params)};
+  const cudaError_t status = cudaLaunchKernel(
+      reinterpret_cast<const void*>(kernel), grid, dim3(static_cast<unsigned>(config.threads)),
+      arguments, static_cast<size_t>(config.shared_bytes), static_cast<cudaStream_t>(stream));
   ACCELRT_CHECK(status == cudaSuccess, op, ": launch failed: ", cudaGetErrorString(status));
 }
 

@@ -1,0 +1,76 @@
+# Every target does its own set-up: virtual environment, dependencies, build.
+#
+#   make demo    a video and a grid of images, stock against accelrt, with a report
+#   make test    the whole test suite
+#   make bench   the operators against eager and torch.compile
+#   make lint    ruff, mypy, clang-format
+#
+# Variables: PYTHON, VENV, TORCH (the torch requirement), ACCELRT_CUDA (auto, 0, 1),
+# ACCELRT_CUDA_ARCHS, ARGS (passed on to pytest, or to `accelrt demo`).
+
+PYTHON ?= python3
+VENV ?= .venv
+# A CPU build; e.g. TORCH=torch>=2.11 on a GPU machine.
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+export ACCELRT_CUDA ?= auto
+export ACCELRT_BUILD_DIR ?= $(CURDIR)/build/py-cuda-$(ACCELRT_CUDA)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+SOURCES := $(shell find csrc bindings -type f) CMakeLists.txt setup.py pyproject.toml
+FORMATTED := $(shell find csrc bindings tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+BUILT := $(VENV)/.built-cuda-$(ACCELRT_CUDA)
+
+.PHONY: all setup demo test bench lint format clean
+
+all: setup
+
+$(VENV)/.torch: Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q --upgrade pip
+	$(PIP) install -q "$(TORCH)"
+	touch $@
+
+$(VENV)/.dependencies: $(VENV)/.torch pyproject.toml
+	$(PIP) install -q "setuptools>=70" "cmake>=3.24" ninja "pybind11>=2.13"
+	$(PIP) install -q --group demo --group test
+	touch $@
+
+# Editable: Python files are used in place, the extension is rebuilt when its sources change.
+$(BUILT): $(VENV)/.dependencies $(SOURCES)
+	mkdir -p $(ACCELRT_BUILD_DIR)
+	$(PIP) install -v --no-build-isolation -e . > $(ACCELRT_BUILD_DIR)/build.log 2>&1 \
+	  || { tail -n 60 $(ACCELRT_BUILD_DIR)/build.log; exit 1; }
+	rm -f $(VENV)/.built-cuda-*
+	touch $@
+
+setup: $(BUILT)
+
+demo: setup
+	$(BIN)/accelrt demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+$(VENV)/.lint: $(VENV)/.dependencies
+	$(PIP) install -q --group lint
+	touch $@
+
+lint: setup $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
+
+clean:
+	rm -rf build dist *.egg-info accelrt/*.so $(VENV)/.built-cuda-*
