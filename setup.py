@@ -34,6 +34,7 @@ class CMakeBuild(build_ext):
     """Configure and build the `_C` target, into the place where setuptools wants it."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Build the one extension there is."""
         import pybind11
 
         torch = torch_dir()
@@ -54,14 +55,11 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
         ]  # fmt: skip
-        for name in ("ACCELRT_CUDA", "ACCELRT_CUDA_ARCHS"):
-            if os.environ.get(name):
-                configure.append(f"-D{name}={os.environ[name]}")
+        passed_on = ("ACCELRT_CUDA", "ACCELRT_CUDA_ARCHS")
+        configure += [f"-D{name}={os.environ[name]}" for name in passed_on if os.environ.get(name)]
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        subprocess.run(
-            ["cmake", "--build", str(build), "--target", "_C", "-j", jobs], check=True
-        )
+        subprocess.run(["cmake", "--build", str(build), "--target", "_C", "-j", jobs], check=True)
 
 
 setup(

@@ -60,7 +60,9 @@ def run_simulator(
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         if done.returncode != 0 or "WARNING: ThreadSanitizer" in done.stderr:
-            raise SimulatorError(f"{binary.name} {op}: exit {done.returncode}\n{done.stderr[-4000:]}")
+            raise SimulatorError(
+                f"{binary.name} {op}: exit {done.returncode}\n{done.stderr[-4000:]}"
+            )
         data = target.read_bytes()
     results: dict[str, torch.Tensor] = {}
     at = 8

@@ -112,7 +112,9 @@ def test_opcheck(dtype):
 
 def test_compiles():
     x, bias = inputs((3, 17), torch.float32)
-    compiled = torch.compile(lambda t, b: ops.gelu(t * 2, b) + 1, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda t, b: ops.gelu(t * 2, b) + 1, fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(x, bias), ops.gelu(x * 2, bias) + 1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -60,6 +60,17 @@ def check_cuda_built(op: str, t: Tensor) -> None:
             f"accelrt.ops.{op}: the tensors are on {t.device}, but this build has no CUDA "
             "kernels. Rebuild with ACCELRT_CUDA=1 and nvcc on the PATH."
         )
+
+
+def explain(error: RuntimeError, check: Callable[..., object], *args: Any) -> NoReturn:
+    """Turn the kernel's refusal into the :class:`ValueError` of the Python checks.
+
+    The kernels check their arguments before they write, so the Python checks, which know
+    the arguments' names, run only when a call was refused (or traced: they are the shape
+    functions). That halves the cost of a call on small tensors.
+    """
+    check(*args)
+    raise error
 
 
 def register_fake(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

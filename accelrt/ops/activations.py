@@ -7,7 +7,15 @@ from torch import Tensor
 
 from accelrt import reference
 
-from ._library import check_cuda_built, check_shape, check_tensor, fails, native, register_fake
+from ._library import (
+    check_cuda_built,
+    check_shape,
+    check_tensor,
+    explain,
+    fails,
+    native,
+    register_fake,
+)
 
 _SILU, _GELU, _GELU_TANH = 0, 1, 2
 _GEGLU_KINDS = {"none": _GELU, "tanh": _GELU_TANH}
@@ -27,8 +35,10 @@ def _activation(op: str, kind: int, x: Tensor, bias: Tensor | None, out: Tensor 
     if x.dim() == 0:
         raise fails(op, "x has no dimension")
     result = torch.empty_like(x) if out is None else out
-    _check(op, x, bias, result, x.shape[-1])
-    native.activation(x, bias, kind, result)
+    try:
+        native.activation(x, bias, kind, result)
+    except RuntimeError as error:
+        explain(error, _check, op, x, bias, result, x.shape[-1])
     return result
 
 
@@ -82,8 +92,10 @@ def geglu(
         raise fails("geglu", f"the last dimension of x {tuple(x.shape)} must be even")
     width = x.shape[-1] // 2
     result = x.new_empty((*x.shape[:-1], width)) if out is None else out
-    _check("geglu", x, bias, result, width)
-    native.geglu(x, bias, _GEGLU_KINDS[approximate], result)
+    try:
+        native.geglu(x, bias, _GEGLU_KINDS[approximate], result)
+    except RuntimeError as error:
+        explain(error, _check, "geglu", x, bias, result, width)
     return result
 
 

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from accelrt import reference
 
-from ._library import check_cuda_built, check_shape, check_tensor, fails, native, register_fake
+from ._library import (
+    check_cuda_built,
+    check_shape,
+    check_tensor,
+    explain,
+    fails,
+    native,
+    register_fake,
+)
 
 MAX_FRAMES = 64
 MAX_HEAD_DIM = 256
@@ -63,9 +71,13 @@ def temporal_attention(
     if q.dtype == torch.float64:
         return reference.temporal_attention(q, k, v, num_heads, scale=scale, out=out)
     result = q.new_empty(q.shape) if out is None else out
-    _check(q, k, v, num_heads, result)
-    value = (q.shape[-1] // num_heads) ** -0.5 if scale is None else scale
-    native.temporal_attention(q, k, v, num_heads, value, result)
+    if num_heads < 1:
+        raise fails("temporal_attention", f"num_heads is {num_heads}; it must be at least 1")
+    value = max(q.shape[-1] // num_heads, 1) ** -0.5 if scale is None else scale
+    try:
+        native.temporal_attention(q, k, v, num_heads, value, result)
+    except RuntimeError as error:
+        explain(error, _check, q, k, v, num_heads, result)
     return result
 
 

@@ -12,6 +12,7 @@ from ._library import (
     check_float_list,
     check_shape,
     check_tensor,
+    explain,
     fails,
     native,
     register_fake,
@@ -55,8 +56,10 @@ def residual_blend(
     if x.dtype == torch.float64:
         return reference.residual_blend(x, y, alpha=alpha, scale=scale, out=out)
     result = torch.empty_like(x) if out is None else out
-    _check(x, y, alpha, result)
-    native.residual_blend(x, y, alpha, scale, result)
+    try:
+        native.residual_blend(x, y, alpha, scale, result)
+    except RuntimeError as error:
+        explain(error, _check, x, y, alpha, result)
     return result
 
 

@@ -13,6 +13,7 @@ from ._library import (
     check_float_list,
     check_shape,
     check_tensor,
+    explain,
     fails,
     native,
     register_fake,
@@ -40,7 +41,13 @@ def _channels(op: str, x: Tensor, x2: Tensor | None, groups: int, frames: int) -
 
 
 def _check_stats(
-    op: str, x: Tensor, x2: Tensor | None, add: Tensor | None, groups: int, frames: int, stats: Tensor
+    op: str,
+    x: Tensor,
+    x2: Tensor | None,
+    add: Tensor | None,
+    groups: int,
+    frames: int,
+    stats: Tensor,
 ) -> int:
     channels = _channels(op, x, x2, groups, frames)
     if add is not None:
@@ -94,8 +101,10 @@ def group_norm_stats(
         if frames < 1:
             raise fails("group_norm_stats", f"frames is {frames}; it must be at least 1")
         out = x.new_empty((x.shape[0] // frames, num_groups, 3), dtype=torch.float32)
-    _check_stats("group_norm_stats", x, x2, add, num_groups, frames, out)
-    native.group_norm_stats(x, x2, add, num_groups, frames, accumulate, out)
+    try:
+        native.group_norm_stats(x, x2, add, num_groups, frames, accumulate, out)
+    except RuntimeError as error:
+        explain(error, _check_stats, "group_norm_stats", x, x2, add, num_groups, frames, out)
     return out
 
 
@@ -171,10 +180,15 @@ def group_norm_apply(
                 (x.shape[0], x.shape[1] + x2.shape[1], *x.shape[2:]),
                 dtype=x.dtype, device=x.device, memory_format=layout,
             )  # fmt: skip
-    _check_apply(x, x2, add, stats, weight, bias, scale, shift, num_groups, frames, out)
-    native.group_norm_apply(
-        x, x2, add, stats, weight, bias, scale, shift, num_groups, frames, eps, silu, out
-    )
+    try:
+        native.group_norm_apply(
+            x, x2, add, stats, weight, bias, scale, shift, num_groups, frames, eps, silu, out
+        )
+    except RuntimeError as error:
+        explain(
+            error, _check_apply, x, x2, add, stats, weight, bias, scale, shift, num_groups,
+            frames, out,
+        )  # fmt: skip
     return out
 
 

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from accelrt import reference
 
-from ._library import check_cuda_built, check_shape, check_tensor, fails, native, register_fake
+from ._library import (
+    check_cuda_built,
+    check_shape,
+    check_tensor,
+    explain,
+    fails,
+    native,
+    register_fake,
+)
 
 
 def _check_rows(
@@ -64,8 +72,11 @@ def layer_norm_modulate(
             x, weight, bias, scale=scale, shift=shift, eps=eps, out=out
         )
     result = x.new_empty(x.shape) if out is None else out
-    _fake_layer_norm_modulate(x, weight, bias, scale, shift, eps, result)
-    native.layer_norm_modulate(x, weight, bias, scale, shift, eps, result)
+    args = (x, weight, bias, scale, shift, eps, result)
+    try:
+        native.layer_norm_modulate(*args)
+    except RuntimeError as error:
+        explain(error, _fake_layer_norm_modulate, *args)
     return result
 
 
@@ -108,8 +119,10 @@ def gate_residual_layer_norm_modulate(
     normed = x.new_empty(x.shape) if out is None else out
     new = x.new_empty(x.shape) if residual_out is None else residual_out
     args = (x, residual, gate, weight, bias, scale, shift, inject, inject_scale, eps, normed, new)
-    _fake_gate_residual_layer_norm_modulate(*args)
-    native.gate_residual_layer_norm_modulate(*args)
+    try:
+        native.gate_residual_layer_norm_modulate(*args)
+    except RuntimeError as error:
+        explain(error, _fake_gate_residual_layer_norm_modulate, *args)
     return normed, new
 
 

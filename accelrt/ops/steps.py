@@ -12,6 +12,7 @@ from ._library import (
     check_float_list,
     check_shape,
     check_tensor,
+    explain,
     fails,
     native,
     register_fake,
@@ -68,11 +69,13 @@ def guided_step(
         )  # fmt: skip
     result = torch.empty_like(sample) if out is None else out
     optional = (("uncond", uncond), ("history", history), ("eps_out", eps_out))
-    _check_step(sample, cond, optional, result)
-    native.guided_step(
-        sample, cond, uncond, history, guidance_scale, sample_coef, eps_coef, history_coef,
-        result, eps_out,
-    )  # fmt: skip
+    try:
+        native.guided_step(
+            sample, cond, uncond, history, guidance_scale, sample_coef, eps_coef, history_coef,
+            result, eps_out,
+        )  # fmt: skip
+    except RuntimeError as error:
+        explain(error, _check_step, sample, cond, optional, result)
     return result
 
 
@@ -104,8 +107,10 @@ def feature_delta(a: Tensor, b: Tensor, *, p: int = 1, out: Tensor | None = None
     if a.dtype == torch.float64:
         return reference.feature_delta(a, b, p=p, out=out)
     result = a.new_empty((a.shape[0],), dtype=torch.float32) if out is None else out
-    _check_delta(a, b, p, result)
-    native.feature_delta(a, b, p, result)
+    try:
+        native.feature_delta(a, b, p, result)
+    except RuntimeError as error:
+        explain(error, _check_delta, a, b, p, result)
     return result
 
 
@@ -122,9 +127,7 @@ def _(
     out: Tensor,
     eps_out: Tensor | None,
 ) -> None:
-    _check_step(
-        sample, cond, (("uncond", uncond), ("history", history), ("eps_out", eps_out)), out
-    )
+    _check_step(sample, cond, (("uncond", uncond), ("history", history), ("eps_out", eps_out)), out)
 
 
 @register_fake("feature_delta")

@@ -39,7 +39,7 @@ def group_norm_stats(
 ) -> Tensor:
     """Partial statistics of a slice; see :func:`accelrt.ops.group_norm_stats`."""
     full = _joined(x, x2, add)
-    images, channels, height, width = full.shape
+    images, channels = full.shape[:2]
     grouped = full.reshape(images // frames, frames, num_groups, channels // num_groups, -1)
     grouped = grouped.transpose(1, 2).flatten(2)  # [N / frames, G, frames * C/g * H * W]
     if grouped.shape[-1] == 0:
@@ -71,7 +71,7 @@ def group_norm_apply(
 ) -> Tensor:
     """Normalise a slice with given statistics; see :func:`accelrt.ops.group_norm_apply`."""
     full = _joined(x, x2, add)
-    images, channels = full.shape[:2]
+    channels = full.shape[1]
     stats = stats.to(full.dtype).repeat_interleave(frames, dim=0)  # [N, G, 3]
     per_group = channels // num_groups
     mean = stats[..., 1].repeat_interleave(per_group, dim=1)[:, :, None, None]

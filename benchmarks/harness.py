@@ -1,0 +1,85 @@
+"""Paired measurement: every implementation in turn, round by round, medians of the rounds.
+
+Machines are shared and drift, so nothing is compared across runs: in each round all
+implementations, and the copy and the matrix product that serve as ceilings, are timed one
+after the other, and ratios are taken within the round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Thunk = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call of each round."""
+
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median over the rounds, in seconds."""
+        return statistics.median(self.rounds)
+
+
+def ratio(a: Timing, b: Timing) -> float:
+    """Median over the rounds of a / b, each taken within one round."""
+    return statistics.median(x / y for x, y in zip(a.rounds, b.rounds, strict=True))
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device, so that a timing holds the work and not its submission."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleave(
+    thunks: dict[str, Sequence[Thunk]],
+    *,
+    device: str = "cpu",
+    rounds: int = 7,
+    slice_seconds: float = 0.03,
+) -> dict[str, Timing]:
+    """Time the implementations in turn.
+
+    Args:
+        thunks: per implementation, the same call on one or more sets of tensors. More than
+            one set, together larger than the last-level cache, measures a cold cache.
+        device: where the work runs.
+        rounds: measured rounds, after one that is not counted.
+        slice_seconds: roughly how long each implementation runs in a round.
+    """
+    calls: dict[str, int] = {}
+    for name, variants in thunks.items():
+        for thunk in variants:
+            thunk()
+        synchronise(device)
+        start = time.perf_counter()
+        for thunk in variants:
+            thunk()
+        synchronise(device)
+        once = (time.perf_counter() - start) / len(variants)
+        calls[name] = max(1, min(1000, round(slice_seconds / max(once, 1e-7) / len(variants))))
+    seconds: dict[str, list[float]] = {name: [] for name in thunks}
+    for _ in range(rounds):
+        for name, variants in thunks.items():
+            synchronise(device)
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                for thunk in variants:
+                    thunk()
+            synchronise(device)
+            seconds[name].append((time.perf_counter() - start) / (calls[name] * len(variants)))
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def copies_for_cold_cache(bytes_per_call: int, limit: int = 384 << 20) -> int:
+    """Sets of tensors to rotate over, so that none is in the cache when its turn comes."""
+    return max(1, min(16, limit // max(bytes_per_call, 1)))

@@ -1,0 +1,326 @@
+"""The operators at the sizes of real models: ours, the stock way, and what they must move.
+
+Sizes name where they occur. Each case makes fresh inputs, so that several sets can be
+rotated for a cold cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accelrt import ops
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One set of tensors, bound into calls."""
+
+    ours: Callable[[], object]  # writes to preallocated memory, as the groups do
+    ours_allocating: Callable[[], object]
+    eager: Callable[[], object]
+    compiled: Callable[[Callable[..., object]], Callable[[], object]]  # of the eager function
+    function: Callable[..., object]
+    moved_bytes: int  # read and written once
+    flops: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator at one size."""
+
+    op: str
+    size: str
+    bound: str  # "memory" or "compute"
+    make: Callable[[torch.dtype, str], Inputs]
+
+
+def _bind(
+    function: Callable[..., object],
+    args: tuple[object, ...],
+    ours: Callable[[], object],
+    allocating: Callable[[], object],
+    moved: int,
+    flops: int = 0,
+) -> Inputs:
+    return Inputs(
+        ours=ours,
+        ours_allocating=allocating,
+        eager=lambda: function(*args),
+        compiled=lambda compiled: lambda: compiled(*args),
+        function=function,
+        moved_bytes=moved,
+        flops=flops,
+    )
+
+
+def _nbytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _image(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    t = torch.randn(shape, device=device).to(dtype)
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def group_norm_silu(shape: tuple[int, ...], frames: int = 1) -> Callable[..., Inputs]:
+    """Both passes, with SiLU; reads twice, writes once."""
+
+    def make(dtype: torch.dtype, device: str) -> Inputs:
+        x = _image(shape, dtype, device)
+        w, b = (torch.randn(shape[1], device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(x)
+        stats = torch.empty(shape[0] // frames, 32, 3, device=device)
+
+        def ours() -> object:
+            ops.group_norm_stats(x, 32, frames=frames, out=stats)
+            return ops.group_norm_apply(x, stats, 32, w, b, frames=frames, silu=True, out=out)
+
+        def allocating() -> object:
+            s = ops.group_norm_stats(x, 32, frames=frames)
+            return ops.group_norm_apply(x, s, 32, w, b, frames=frames, silu=True)
+
+        def eager(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            if frames > 1:
+                n, c, h, wd = x.shape
+                clip = x.reshape(n // frames, frames, c, h, wd).permute(0, 2, 1, 3, 4)
+                y = F.silu(F.group_norm(clip, 32, w, b))
+                return y.permute(0, 2, 1, 3, 4).reshape(n, c, h, wd)
+            return F.silu(F.group_norm(x, 32, w, b))
+
+        return _bind(eager, (x, w, b), ours, allocating, 2 * _nbytes(x) + _nbytes(out))
+
+    return make
+
+
+def layer_norm_modulate(batch: int, rows: int, width: int) -> Callable[..., Inputs]:
+    """adaLN: LayerNorm without affine, then scale and shift."""
+
+    def make(dtype: torch.dtype, device: str) -> Inputs:
+        x = torch.randn(batch, rows, width, device=device).to(dtype)
+        scale, shift = (torch.randn(batch, width, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(x)
+
+        def eager(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+            return F.layer_norm(x, (width,)) * (1 + scale[:, None]) + shift[:, None]
+
+        return _bind(
+            eager,
+            (x, scale, shift),
+            lambda: ops.layer_norm_modulate(x, scale=scale, shift=shift, out=out),
+            lambda: ops.layer_norm_modulate(x, scale=scale, shift=shift),
+            _nbytes(x, out),
+        )
+
+    return make
+
+
+def gate_residual_layer_norm_modulate(batch: int, rows: int, width: int) -> Callable[..., Inputs]:
+    """The seam between two sub-layers of a DiT block."""
+
+    def make(dtype: torch.dtype, device: str) -> Inputs:
+        x, residual = (torch.randn(batch, rows, width, device=device).to(dtype) for _ in range(2))
+        gate, scale, shift = (torch.randn(batch, width, device=device).to(dtype) for _ in range(3))
+        out, new = torch.empty_like(x), torch.empty_like(x)
+
+        def eager(
+            x: Tensor, residual: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            r = residual + gate[:, None] * x
+            return F.layer_norm(r, (width,)) * (1 + scale[:, None]) + shift[:, None], r
+
+        return _bind(
+            eager,
+            (x, residual, gate, scale, shift),
+            lambda: ops.gate_residual_layer_norm_modulate(
+                x, residual, gate, scale=scale, shift=shift, out=out, residual_out=new
+            ),
+            lambda: ops.gate_residual_layer_norm_modulate(
+                x, residual, gate, scale=scale, shift=shift
+            ),
+            _nbytes(x, residual, out, new),
+        )
+
+    return make
+
+
+def geglu(rows: int, width: int) -> Callable[..., Inputs]:
+    """value * gelu(gate) of a [rows, 2 width] projection."""
+
+    def make(dtype: torch.dtype, device: str) -> Inputs:
+        x = torch.randn(rows, 2 * width, device=device).to(dtype)
+        out = torch.empty(rows, width, dtype=dtype, device=device)
+
+        def eager(x: Tensor) -> Tensor:
+            value, gate = x.chunk(2, dim=-1)
+            return value * F.gelu(gate)
+
+        return _bind(
+            eager, (x,), lambda: ops.geglu(x, out=out), lambda: ops.geglu(x), _nbytes(x, out)
+        )
+
+    return make
+
+
+def activation(name: str, rows: int, width: int) -> Callable[..., Inputs]:
+    """silu, gelu or gelu_tanh with bias."""
+    stock = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+    }[name]
+
+    def make(dtype: torch.dtype, device: str) -> Inputs:
+        x = torch.randn(rows, width, device=device).to(dtype)
+        bias = torch.randn(width, device=device).to(dtype)
+        out = torch.empty_like(x)
+        op = getattr(ops, name)
+        return _bind(
+            lambda x, b: stock(x + b),
+            (x, bias),
+            lambda: op(x, bias, out=out),
+            lambda: op(x, bias),
+            _nbytes(x, out),
+        )
+
+    return make
+
+
+def temporal_attention(
+    batch: int, frames: int, pixels: int, heads: int, dim: int
+) -> Callable[..., Inputs]:
+    """Frames attend to frames at every pixel; the stock way permutes twice around SDPA."""
+
+    def make(dtype: torch.dtype, device: str) -> Inputs:
+        shape = (batch, frames, pixels, heads * dim)
+        q, k, v = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+        out = torch.empty_like(q)
+
+        def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            def split(t: Tensor) -> Tensor:
+                t = t.permute(0, 2, 1, 3).reshape(batch * pixels, frames, heads, dim)
+                return t.transpose(1, 2)
+
+            y = F.scaled_dot_product_attention(split(q), split(k), split(v))
+            y = y.transpose(1, 2).reshape(batch, pixels, frames, heads * dim)
+            return y.permute(0, 2, 1, 3).contiguous()
+
+        return _bind(
+            eager,
+            (q, k, v),
+            lambda: ops.temporal_attention(q, k, v, heads, out=out),
+            lambda: ops.temporal_attention(q, k, v, heads),
+            _nbytes(q, k, v, out),
+            4 * batch * pixels * heads * frames * frames * dim,
+        )
+
+    return make
+
+
+def residual_blend(shape: tuple[int, ...], blended: bool) -> Callable[..., Inputs]:
+    """The end of a ResNet block, or an AlphaBlender."""
+
+    def make(dtype: torch.dtype, device: str) -> Inputs:
+        x, y = (_image(shape, dtype, device) for _ in range(2))
+        out = torch.empty_like(x)
+        alpha = torch.full((1,), 0.3, device=device) if blended else None
+
+        def eager(x: Tensor, y: Tensor, alpha: Tensor | None) -> Tensor:
+            if alpha is None:
+                return (x + y) / 1.0
+            a = alpha.to(x.dtype)
+            return a * x + (1.0 - a) * y
+
+        return _bind(
+            eager,
+            (x, y, alpha),
+            lambda: ops.residual_blend(x, y, alpha=alpha, out=out),
+            lambda: ops.residual_blend(x, y, alpha=alpha),
+            _nbytes(x, y, out),
+        )
+
+    return make
+
+
+def guided_step(shape: tuple[int, ...]) -> Callable[..., Inputs]:
+    """Guidance and a DDIM step."""
+
+    def make(dtype: torch.dtype, device: str) -> Inputs:
+        sample, cond, uncond = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+        out = torch.empty_like(sample)
+
+        def eager(sample: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
+            eps = uncond + 7.5 * (cond - uncond)
+            return 0.98 * sample - 0.11 * eps
+
+        keywords = {"guidance_scale": 7.5, "sample_coef": 0.98, "eps_coef": -0.11}
+        return _bind(
+            eager,
+            (sample, cond, uncond),
+            lambda: ops.guided_step(sample, cond, uncond, **keywords, out=out),
+            lambda: ops.guided_step(sample, cond, uncond, **keywords),
+            _nbytes(sample, cond, uncond, out),
+        )
+
+    return make
+
+
+def feature_delta(shape: tuple[int, ...], p: int) -> Callable[..., Inputs]:
+    """Relative change per sample."""
+
+    def make(dtype: torch.dtype, device: str) -> Inputs:
+        a, b = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+        out = torch.empty(shape[0], device=device)
+
+        def eager(a: Tensor, b: Tensor) -> Tensor:
+            x, y = a.float().flatten(1), b.float().flatten(1)
+            if p == 1:
+                return (x - y).abs().sum(1) / y.abs().sum(1)
+            return (x - y).norm(dim=1) / y.norm(dim=1)
+
+        return _bind(
+            eager,
+            (a, b),
+            lambda: ops.feature_delta(a, b, p=p, out=out),
+            lambda: ops.feature_delta(a, b, p=p),
+            _nbytes(a, b),
+        )
+
+    return make
+
+
+CASES = [
+    Case("group_norm+silu", "AnimateDiff 32x320x64x64", "memory",
+         group_norm_silu((32, 320, 64, 64))),
+    Case("group_norm+silu", "AnimateDiff 32x1280x8x8", "memory", group_norm_silu((32, 1280, 8, 8))),
+    Case("group_norm+silu", "VAE 1x128x512x512", "memory", group_norm_silu((1, 128, 512, 512))),
+    Case("group_norm+silu", "clip 32x320x32x32, 16 frames", "memory",
+         group_norm_silu((32, 320, 32, 32), frames=16)),
+    Case("layer_norm_modulate", "PixArt 2x4096x1152", "memory", layer_norm_modulate(2, 4096, 1152)),
+    Case("layer_norm_modulate", "DiT 2x256x1152", "memory", layer_norm_modulate(2, 256, 1152)),
+    Case("gate_residual_layer_norm_modulate", "PixArt 2x4096x1152", "memory",
+         gate_residual_layer_norm_modulate(2, 4096, 1152)),
+    Case("gate_residual_layer_norm_modulate", "DiT 2x256x1152", "memory",
+         gate_residual_layer_norm_modulate(2, 256, 1152)),
+    Case("geglu", "AnimateDiff 32768x1280", "memory", geglu(32768, 1280)),
+    Case("geglu", "AnimateDiff 512x5120", "memory", geglu(512, 5120)),
+    Case("gelu_tanh", "PixArt 8192x4608", "memory", activation("gelu_tanh", 8192, 4608)),
+    Case("gelu", "8192x4608", "memory", activation("gelu", 8192, 4608)),
+    Case("silu", "8192x1280", "memory", activation("silu", 8192, 1280)),
+    Case("temporal_attention", "AnimateDiff 2x16x4096, 8x40", "memory",
+         temporal_attention(2, 16, 4096, 8, 40)),
+    Case("temporal_attention", "AnimateDiff 2x16x256, 8x160", "memory",
+         temporal_attention(2, 16, 256, 8, 160)),
+    Case("residual_blend", "AnimateDiff 32x320x64x64", "memory",
+         residual_blend((32, 320, 64, 64), False)),
+    Case("residual_blend alpha", "SVD 28x320x32x56", "memory",
+         residual_blend((28, 320, 32, 56), True)),
+    Case("guided_step", "2x4x16x64x64", "memory", guided_step((2, 4, 16, 64, 64))),
+    Case("guided_step", "8x16x256x256", "memory", guided_step((8, 16, 256, 256))),
+    Case("feature_delta", "PixArt 2x4096x1152, L1", "memory", feature_delta((2, 4096, 1152), 1)),
+    Case("feature_delta", "PixArt 2x4096x1152, L2", "memory", feature_delta((2, 4096, 1152), 2)),
+]  # fmt: skip
