@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from accelrt import ops
 
-from .recognise import is_inactive_dropout, is_plain, is_row_wise
+from .recognise import is_inactive_dropout, is_plain, is_plain_linear, is_row_wise
 
 MAX_FRAMES = 64
 MAX_HEAD_DIM = 256
@@ -37,9 +37,7 @@ def attention_reason(module: nn.Module, *, in_vae: bool = False) -> str:
     if attn.inner_dim != attn.inner_kv_dim or attn.to_k is None:
         return "grouped keys and values"
     if not in_vae and (
-        attn.group_norm is not None
-        or attn.residual_connection
-        or attn.rescale_output_factor != 1.0
+        attn.group_norm is not None or attn.residual_connection or attn.rescale_output_factor != 1.0
     ):
         return "a norm or residual inside the attention layer"
     if not all(is_row_wise(m) for m in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])):
@@ -51,7 +49,7 @@ def attention_reason(module: nn.Module, *, in_vae: bool = False) -> str:
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """``[n, S, H * D]`` to ``[n, H, S, D]``, a view."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
 
 
 def attend(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -115,18 +113,28 @@ def temporal_self_attention(attn: Any, x: Tensor, frames: int) -> Tensor:
         x: ``[B * T, P, C]``, frames outermost: no permuted copy is made.
         frames: ``T``.
     """
-    q, k, v = (p(x).unflatten(0, (-1, frames)) for p in (attn.to_q, attn.to_k, attn.to_v))
+    pixels, width = x.shape[1], attn.inner_dim
+    projections = (attn.to_q, attn.to_k, attn.to_v)
+    q, k, v = (projection(x).view(-1, frames, pixels, width) for projection in projections)
     scale = attn.scale if type(attn.processor) is AttnProcessor else None
-    batch, _, pixels, width = q.shape
     if frames <= MAX_FRAMES and width // attn.heads <= MAX_HEAD_DIM:
-        y = ops.temporal_attention(q, k, v, attn.heads, scale=scale, out=torch.empty_like(q))
+        out = q if is_plain_linear(attn.to_q) else None
+        y = ops.temporal_attention(q, k, v, attn.heads, scale=scale, out=out)
     else:
-        # [B, T, P, H * D] -> [B * P, H, T, D]
-        moved = (
-            t.unflatten(-1, (attn.heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
-            for t in (q, k, v)
-        )
-        y = F.scaled_dot_product_attention(*moved, scale=scale)
-        y = y.unflatten(0, (batch, pixels)).permute(0, 3, 1, 2, 4).flatten(3)
-    projected: Tensor = attn.to_out[0](y.reshape(batch * frames, pixels, width))
+        y = _temporal_by_permutation(q, k, v, attn.heads, scale)
+    projected: Tensor = attn.to_out[0](y.view(-1, pixels, width))
     return projected
+
+
+def _temporal_by_permutation(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None
+) -> Tensor:
+    """Temporal attention beyond the operator's limits, ``[B, T, P, H * D]``."""
+    batch, frames, pixels, width = q.shape
+
+    def moved(t: Tensor) -> Tensor:  # [B * P, H, T, D]
+        return t.view(batch, frames, pixels, heads, -1).permute(0, 2, 3, 1, 4).flatten(0, 1)
+
+    y = F.scaled_dot_product_attention(moved(q), moved(k), moved(v), scale=scale)
+    y = y.view(batch, pixels, heads, frames, -1).permute(0, 3, 1, 2, 4)
+    return y.reshape(batch, frames, pixels, width)

@@ -61,6 +61,7 @@ class Group(ABC):
         """Replace ``state.hidden`` by the group's output."""
 
     def __call__(self, state: State) -> None:
+        """Run the group and forget why an earlier call was left alone."""
         self.left_alone = ""
         self.run(state)
 

@@ -23,9 +23,7 @@ class ConvInGroup(Group):
         push: the output is also the first skip.
     """
 
-    def __init__(
-        self, name: str, module: nn.Module, config: Config, *, push: bool = False
-    ) -> None:
+    def __init__(self, name: str, module: nn.Module, config: Config, *, push: bool = False) -> None:
         super().__init__(name, module, config)
         self.push = push
 

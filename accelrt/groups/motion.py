@@ -156,7 +156,7 @@ def _by_pixel(module: Any, x: Tensor, frames: int) -> Tensor:
         x: ``[B * T, P, D]``.
         frames: ``T``.
     """
-    moved = x.unflatten(0, (-1, frames)).transpose(1, 2)  # [B, P, T, D]
-    batch, pixels = moved.shape[:2]
+    _, pixels, width = x.shape
+    moved = x.view(-1, frames, pixels, width).transpose(1, 2)  # [B, P, T, D]
     y: Tensor = module(moved.flatten(0, 1))
-    return y.unflatten(0, (batch, pixels)).transpose(1, 2).flatten(0, 1)
+    return y.view(-1, pixels, frames, width).transpose(1, 2).flatten(0, 1)

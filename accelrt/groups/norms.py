@@ -51,23 +51,26 @@ class GroupNormAct:
             assert isinstance(norm, nn.GroupNorm)
             stats = ops.group_norm_stats(x, norm.num_groups, x2=x2, add=add)
             out = x if overwrite and x2 is None else None
-            y = ops.group_norm_apply(
+            normed = ops.group_norm_apply(
                 x, stats, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, x2=x2,
                 add=add, scale=scale, shift=shift, silu=self.silu, out=out,
             )  # fmt: skip
-            if self.silu or self.act is None:
-                return y
-            activated: Tensor = self.act(y)
-            return activated
+            return normed if self.silu else self._activated(normed)
         full = x if x2 is None else torch.cat([x, x2], dim=1)
         if add is not None:
             full = full + add[:, :, None, None]
-        y = self.norm(full)
+        y: Tensor = self.norm(full)
         if scale is not None:
             y = y * (1 + scale[:, :, None, None])
         if shift is not None:
             y = y + shift[:, :, None, None]
-        return y if self.act is None else self.act(y)
+        return self._activated(y)
+
+    def _activated(self, y: Tensor) -> Tensor:
+        if self.act is None:
+            return y
+        activated: Tensor = self.act(y)
+        return activated
 
 
 def unfused_norm(name: str, norm: nn.Module, act: nn.Module | None) -> list[str]:

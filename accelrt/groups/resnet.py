@@ -56,7 +56,8 @@ class ResnetGroup(Group):
         if reason:
             return reason
         block: Any = self.module
-        if block.time_embedding_norm not in ("default", "scale_shift"):
+        known = ("default", "scale_shift")  # the others do not use the projection
+        if block.time_embedding_norm not in known and block.time_emb_proj is not None:
             return f"time_embedding_norm {block.time_embedding_norm!r} is not known"
         if not is_inactive_dropout(block.dropout):
             return "dropout is active"
@@ -91,7 +92,8 @@ class ResnetGroup(Group):
             x, x2 = self._freeu(state, x, x2)
         block: Any = self.module
         reason = self.unrecognised()
-        if not reason and state.temb is not None and block.time_emb_proj is None:
+        stray = state.temb is not None and block.time_emb_proj is None
+        if not reason and stray and block.time_embedding_norm == "default":
             reason = "a time embedding without a projection"
         if reason:
             self.left_alone = reason
@@ -108,6 +110,7 @@ class ResnetGroup(Group):
             return None
         if state.temb is None:
             raise ValueError(f"{self.name}: the block needs a time embedding; temb is None")
+        rows: Tensor | None
         if block.skip_time_act:
             rows = state.temb
         elif is_silu(block.nonlinearity):

@@ -26,9 +26,7 @@ class DownsampleGroup(StockGroup):
     why = "a single convolution has no intermediates to slice"
     classes = (Downsample2D,)
 
-    def __init__(
-        self, name: str, module: nn.Module, config: Config, *, push: bool = False
-    ) -> None:
+    def __init__(self, name: str, module: nn.Module, config: Config, *, push: bool = False) -> None:
         super().__init__(name, module, config)
         self.push = push
 
@@ -49,10 +47,17 @@ class UpsampleGroup(Group):
 
     Args:
         name, module, config: as in :class:`Group`.
+        to_skip: aim at the size of the next skip when the state says that sizes are odd.
     """
 
     axis = "frames"
     classes = (Upsample2D,)
+
+    def __init__(
+        self, name: str, module: nn.Module, config: Config, *, to_skip: bool = False
+    ) -> None:
+        super().__init__(name, module, config)
+        self.to_skip = to_skip
 
     def configured_length(self) -> int | None:
         """Images per slice."""
@@ -66,7 +71,9 @@ class UpsampleGroup(Group):
         """``[N, C, H, W]`` to ``[N, C', 2 H, 2 W]``, or to the size of the next skip."""
         x = state.take()
         module: Any = self.module
-        size = state.extras.get("upsample_size")
+        size = None
+        if self.to_skip and state.extras.get("odd_size"):
+            size = state.skips[-1].shape[2:]
         reason = self.unrecognised()
         if reason or module.norm is not None or module.use_conv_transpose:
             self.left_alone = reason or "a variant with a norm or a transposed convolution"

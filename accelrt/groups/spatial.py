@@ -141,13 +141,13 @@ class SpatialTransformerGroup(Group):
             return y
         if self.config.fuse and is_pointwise_conv(proj, stream.dtype):
             return F.linear(stream, proj.weight.flatten(1), proj.bias)
-        images = stream.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        images = stream.view(stream.shape[0], height, width, -1).permute(0, 3, 1, 2)
         return tokens(channels_last(proj(images)))
 
     def _block(self, block: Any, state: State, x: Tensor) -> RunBlock:
         """How one transformer block runs on a slice, decided once per call."""
         context = state.context
-        if block_reason(block):
+        if block_reason(block) or block.pos_embed is not None:
 
             def as_it_came(stream: Tensor, start: int, stop: int) -> Tensor:
                 sliced = None if context.full is None else context.full[start:stop]

@@ -72,9 +72,8 @@ class State:
 
     def writable(self, tensor: Tensor) -> bool:
         """No skip and no holder needs the values of ``tensor`` any more."""
-        return not any(t is tensor for t in self.skips) and not any(
-            t is tensor for t in self.held
-        )
+        kept = any(t is tensor for t in self.skips) or any(r() is tensor for r in self.held)
+        return not kept
 
     def temb_per_image(self) -> Tensor | None:
         """The time embedding with one row per image, as stock blocks expect it."""

@@ -27,7 +27,9 @@ import evaluate  # noqa: E402
 import torch  # noqa: E402
 from reference_digits import report, stages  # noqa: E402
 
-STAGES = ("classifier", "vae", "dit", "animatediff")
+STAGES = ("classifier", "vae", "dit", "animatediff", "evaluate")
+# The pipeline's default guidance first, then a milder one (more variety).
+GUIDANCE = {"dit": (4.0, 2.0), "animatediff": (7.5, 3.0)}
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,7 +39,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE, help="where the models are written")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--skip-evaluation", action="store_true")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="multiply every number of steps (0.01 = smoke)"
     )
@@ -65,16 +66,16 @@ def main() -> None:
     cfg.work.mkdir(parents=True, exist_ok=True)
     chosen = args.only or list(STAGES)
     metrics_file = cfg.out / "metrics.json"
-    metrics: dict[str, Any] = json.loads(metrics_file.read_text()) if metrics_file.exists() else {}
-    metrics["seed"] = cfg.seed
-    metrics["versions"] = {
-        "python": platform.python_version(),
-        **{p: version(p) for p in ("torch", "diffusers", "transformers", "scikit-learn")},
-    }
 
     def finish(stage: str, values: dict[str, Any], began: float) -> None:
-        metrics[stage] = {**metrics.get(stage, {}), **values}
-        metrics[stage]["stage_seconds"] = round(time.perf_counter() - began, 1)
+        metrics = json.loads(metrics_file.read_text()) if metrics_file.exists() else {}
+        metrics["seed"] = cfg.seed
+        metrics["versions"] = {
+            "python": platform.python_version(),
+            **{p: version(p) for p in ("torch", "diffusers", "transformers", "scikit-learn")},
+        }
+        seconds = round(time.perf_counter() - began, 1)
+        metrics[stage] = {**values, "stage_seconds": seconds}
         metrics["megabytes"] = report.folder_megabytes(cfg.out)
         metrics_file.write_text(json.dumps(metrics, indent=2) + "\n")
 
@@ -90,10 +91,14 @@ def main() -> None:
         if stage in chosen:
             began = time.perf_counter()
             finish(stage, train(cfg, vae), began)
-            if not args.skip_evaluation:
-                finish(stage, {"evaluation": evaluate.evaluate_saved(cfg.out, stage)}, began)
-    if all((cfg.out / name / "model_index.json").exists() for name in ("dit", "animatediff")):
+    if "evaluate" in chosen:
+        began = time.perf_counter()
+        results = {
+            stage: [evaluate.evaluate_saved(cfg.out, stage, guidance_scale=g) for g in scales]
+            for stage, scales in GUIDANCE.items()
+        }
         report.write_sample_sheet(cfg.out, cfg.out / "samples.png")
+        finish("evaluate", results, began)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,12 @@ void set_isa(const std::string& name);
 
 }  // namespace accelrt
 
-#if defined(ACCELRT_HAVE_X86_ISA)
+#if defined(ACCELRT_NO_CPU_KERNELS)
+// A simulator build that holds the CUDA sources alone.
+#define ACCELRT_DECLARE_CPU(name, Params)
+#define ACCELRT_CALL_CPU(name, params) \
+  ACCELRT_CHECK(false, #name ": this build has no CPU kernels")
+#elif defined(ACCELRT_HAVE_X86_ISA)
 #define ACCELRT_DECLARE_CPU(name, Params) \
   namespace generic {                     \
   void name(const Params&);               \

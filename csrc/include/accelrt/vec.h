@@ -1,8 +1,9 @@
 // The SIMD vector of the instruction set that a file is compiled for.
 //
-// Vec holds kLanes floats (16 on AVX-512, 8 otherwise) in a compiler vector, so that one
-// source serves all instruction sets; only the 16-bit conversions use intrinsics. Every
-// name lives in namespace accelrt::ACCELRT_ISA, so the variants never mix at link time.
+// Vec holds kLanes floats (16 with AVX-512, 8 otherwise) in a compiler vector, so
+// that one source serves all instruction sets; intrinsics appear only where the compiler does
+// not find the instruction. Every name lives in namespace accelrt::ACCELRT_ISA, so the variants
+// never mix at link time.
 #pragma once
 
 #include <cmath>
@@ -54,19 +55,46 @@ struct Vec {
   }
 };
 
-// a * b + c; contracted to one instruction where the instruction set has it.
+// a * b + c; one rounding where the instruction set has it. With a NaN, min and max return b.
+#if defined(__AVX512F__)
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return (VFloat)_mm512_fmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v);
+}
+inline Vec min(Vec a, Vec b) { return (VFloat)_mm512_min_ps((__m512)a.v, (__m512)b.v); }
+inline Vec max(Vec a, Vec b) { return (VFloat)_mm512_max_ps((__m512)a.v, (__m512)b.v); }
+#elif defined(__AVX2__)
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return (VFloat)_mm256_fmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v);
+}
+inline Vec min(Vec a, Vec b) { return (VFloat)_mm256_min_ps((__m256)a.v, (__m256)b.v); }
+inline Vec max(Vec a, Vec b) { return (VFloat)_mm256_max_ps((__m256)a.v, (__m256)b.v); }
+#else
 inline Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
 inline Vec min(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
 inline Vec max(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
+#endif
 inline Vec abs(Vec a) {
   return reinterpret_cast<VFloat>(reinterpret_cast<VUInt>(a.v) & 0x7fffffffu);
 }
 inline Vec select(VInt mask, Vec a, Vec b) { return mask ? a.v : b.v; }
 
 inline float sum(Vec a) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m256 low = (__m256)__builtin_shufflevector(a.v, a.v, 0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256 high = (__m256)__builtin_shufflevector(a.v, a.v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m256 eight = _mm256_add_ps(low, high);
+#else
+  const __m256 eight = (__m256)a.v;
+#endif
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+#else
   float s = 0;
   for (int i = 0; i < kLanes; ++i) s += a.v[i];
   return s;
+#endif
 }
 
 inline float max_of(Vec a) {
@@ -102,13 +130,21 @@ inline Vec load(const float16* p) {
 
 inline void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof(a.v)); }
 
-inline void store(bfloat16* p, Vec a) {
+// The bits of the nearest bfloat16 in the low half of each lane.
+inline VUInt bfloat16_bits(Vec a) {
   const VUInt u = reinterpret_cast<VUInt>(a.v);
-  const VUInt rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const VUInt nan = (u >> 16) | 0x40u;
-  const VUInt bits = (u & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+  const VUInt rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  return (a.v != a.v ? u | 0x400000u : rounded) >> 16;
+}
+
+inline void store(bfloat16* p, Vec a) {
+  const VUInt bits = bfloat16_bits(a);
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)bits));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128((__m256i)bits),
+                                    _mm256_extracti128_si256((__m256i)bits, 1)));
 #else
   const VHalfBits h = __builtin_convertvector(bits, VHalfBits);
   std::memcpy(p, &h, sizeof(h));
@@ -128,6 +164,37 @@ inline void store(float16* p, Vec a) {
 }
 
 // The first n < kLanes elements; the other lanes read as `fill` and are not written.
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+inline Vec load_n(const float* p, int n, float fill = 0.f) {
+  return (VFloat)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes(n), p);
+}
+
+inline Vec load_n(const bfloat16* p, int n, float fill = 0.f) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+  return (VFloat)_mm512_mask_mov_ps(_mm512_set1_ps(fill), first_lanes(n),
+                                    (__m512)_mm512_slli_epi32(bits, 16));
+}
+
+inline Vec load_n(const float16* p, int n, float fill = 0.f) {
+  return (VFloat)_mm512_mask_cvtph_ps(_mm512_set1_ps(fill), first_lanes(n),
+                                      _mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+
+inline void store_n(float* p, int n, Vec a) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)a.v);
+}
+
+inline void store_n(bfloat16* p, int n, Vec a) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtepi32_epi16((__m512i)bfloat16_bits(a)));
+}
+
+inline void store_n(float16* p, int n, Vec a) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n),
+                           _mm512_cvtps_ph((__m512)a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
 template <typename T>
 inline Vec load_n(const T* p, int n, float fill = 0.f) {
   Vec r(fill);
@@ -139,6 +206,7 @@ template <typename T>
 inline void store_n(T* p, int n, Vec a) {
   for (int i = 0; i < n; ++i) p[i] = from_float<T>(a.v[i]);
 }
+#endif
 
 // Applies fn(index, lanes) over [0, n): full vectors first, then the tail.
 template <typename Fn>
@@ -162,38 +230,54 @@ inline void store_any(T* p, int n, Vec a) {
   }
 }
 
-// e^x. Cody-Waite reduction and a degree-6 polynomial: relative error below 2e-7 on
-// [-87, 88]; smaller arguments give 0, larger ones infinity.
-inline Vec exp(Vec x) {
-  const Vec clamped = min(max(x, Vec(-87.33654f)), Vec(88.72283f));
-  const VFloat magic = VFloat{} + 12582912.f;  // 1.5 * 2^23: rounds to the nearest integer
-  VFloat t = clamped.v * 1.44269504088896341f + magic;
+// 1.5 * 2^23: adding it rounds to the nearest integer, which is then in the low bits.
+constexpr float kRoundMagic = 12582912.f;
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2High = 0.693359375f;  // ten bits, so that its product with k is exact
+constexpr float kLn2Low = -2.12194440e-4f;
+constexpr float kExpMin = -87.33654f;  // -126 ln 2
+constexpr float kExpMax = 88.72283f;   // just below 128 ln 2
+
+// 2^k e^r for |r| <= ln(2) / 2, where t = k + kRoundMagic. The minimax polynomial has a relative
+// error of 9e-8 and is exact at 0. k is added to the exponent of its value, which suffices
+// between kExpMin and kExpMax, for at k = 128 the value does not exceed 1.
+inline Vec exp_reduced(Vec t, Vec r) {
+  Vec p = fma(r, Vec(8.290272e-3f), Vec(4.189818e-2f));
+  p = fma(p, r, Vec(1.6667639e-1f));
+  p = fma(p, r, Vec(4.9999148e-1f));
+  p = fma(p, r, Vec(9.999997e-1f));
+  p = fma(p, r, Vec(1.f));
+  return reinterpret_cast<VFloat>(reinterpret_cast<VInt>(p.v) +
+                                  (reinterpret_cast<VInt>(t.v) << 23));
+}
+
+// e^x for x clamped to [kExpMin, kExpMax]; a NaN gives any value.
+inline Vec exp_clamped(Vec x) {
+  const Vec c = min(Vec(kExpMax), max(Vec(kExpMin), x));
+  const Vec t = fma(c, Vec(kLog2E), Vec(kRoundMagic));
   // The compiler must not fold (y + magic) - magic; without fast-math it does not.
-  const VFloat n = t - magic;
-  const VInt k = reinterpret_cast<VInt>(t) - reinterpret_cast<VInt>(magic);
-  VFloat r = clamped.v - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  VFloat p = VFloat{} + 1.3888889e-3f;
-  p = p * r + 8.3333337e-3f;
-  p = p * r + 4.1666668e-2f;
-  p = p * r + 1.6666667e-1f;
-  p = p * r + 0.5f;
-  p = p * r + 1.f;
-  p = p * r + 1.f;
-  // Two factors, so that 2^128 (just below overflow) does not need an exponent of 255.
-  const VInt half = k >> 1;
-  const VFloat s1 = reinterpret_cast<VFloat>((half + 127) << 23);
-  const VFloat s2 = reinterpret_cast<VFloat>((k - half + 127) << 23);
-  VFloat result = p * s1 * s2;
-  result = x.v < -87.33654f ? VFloat{} : result;
-  result = x.v > 88.72283f ? VFloat{} + INFINITY : result;
+  const Vec k = t - Vec(kRoundMagic);
+  return exp_reduced(t, fma(k, Vec(-kLn2Low), fma(k, Vec(-kLn2High), c)));
+}
+
+// e^x. Relative error below 2e-7 on [-87, 88]; smaller arguments give 0, larger ones infinity.
+inline Vec exp(Vec x) {
+  VFloat result = exp_clamped(x).v;
+  result = x.v < kExpMin ? VFloat{} : result;
+  result = x.v > kExpMax ? VFloat{} + INFINITY : result;
   return x.v != x.v ? x.v : result;
 }
 
-// 1 / (1 + e^-x).
-inline Vec sigmoid(Vec x) { return Vec(1.f) / (Vec(1.f) + exp(Vec(0.f) - x)); }
+// 1 + e^-x; the underflow of e^-x is of no consequence here.
+inline Vec one_plus_exp_minus(Vec x) {
+  const Vec e = exp_clamped(Vec(0.f) - x);
+  return Vec(1.f) + select(x.v < -kExpMax, Vec(INFINITY), e);
+}
 
-inline Vec silu(Vec x) { return x / (Vec(1.f) + exp(Vec(0.f) - x)); }
+// 1 / (1 + e^-x).
+inline Vec sigmoid(Vec x) { return Vec(1.f) / one_plus_exp_minus(x); }
+
+inline Vec silu(Vec x) { return x / one_plus_exp_minus(x); }
 
 // tanh: 1 - 2 / (e^2x + 1), and the odd Taylor polynomial below 0.25, where the former
 // cancels.
@@ -211,37 +295,36 @@ inline Vec tanh(Vec x) {
   return a.v < 0.25f ? small : signed_large;
 }
 
-// erf: Abramowitz and Stegun 7.1.26's form is only good to 1.5e-7 absolute, which loses the
-// relative accuracy that gelu needs on its left tail, so gelu uses erfc below instead.
-// erfc(a) for a >= 0: t = 1 / (1 + a / 2), t exp(-a^2 + P(t)); relative error below 1.2e-7
-// (Numerical Recipes' Chebyshev fit, W. H. Press et al., section 6.2).
-inline Vec erfc_positive(Vec a) {
-  const VFloat t = 1.f / (1.f + 0.5f * a.v);
-  VFloat p = VFloat{} + 0.17087277f;
-  p = p * t - 0.82215223f;
-  p = p * t + 1.48851587f;
-  p = p * t - 1.13520398f;
-  p = p * t + 0.27886807f;
-  p = p * t - 0.18628806f;
-  p = p * t + 0.09678418f;
-  p = p * t + 0.37409196f;
-  p = p * t + 1.00002368f;
-  p = p * t - 1.26551223f;
-  return Vec(t) * exp(Vec(p - a.v * a.v));
-}
-
-// x Phi(x), erf form. Phi(x) = erfc(-x / sqrt 2) / 2; the left tail keeps relative accuracy.
+// x Phi(x), erf form, as max(x, 0) - |x| tail(|x|), whose left tail keeps relative accuracy.
+// tail(a) = erfc(a / sqrt 2) / 2 = e^(-a^2 / 2) t Q(t) with t = 1 / (1 + 0.3025 a): Q is the
+// minimax polynomial of degree 7, of relative error 9e-8. The exponent is reduced from the
+// unrounded a^2, since a rounding of a^2 would be as large as the result's error in the tail.
+// Beyond kEnd, where the result is below 4e-37, the tail is zero.
 inline Vec gelu(Vec x) {
-  const Vec a = abs(x) * Vec(0.70710678118654752f);
-  const Vec tail = Vec(0.5f) * erfc_positive(a);
-  const VFloat phi = x.v < 0.f ? tail.v : 1.f - tail.v;
-  return x.v * phi;
+  constexpr float kEnd = 12.9f;
+  const Vec magnitude = abs(x);
+  const Vec a = min(Vec(kEnd), magnitude);
+  const Vec t = Vec(1.f) / fma(a, Vec(0.3025f), Vec(1.f));
+  Vec q = fma(t, Vec(0.036783650517f), Vec(-0.157532662153f));
+  q = fma(q, t, Vec(0.199993997812f));
+  q = fma(q, t, Vec(-0.049288745970f));
+  q = fma(q, t, Vec(0.126581668854f));
+  q = fma(q, t, Vec(0.101138323545f));
+  q = fma(q, t, Vec(0.121694706380f));
+  q = fma(q, t, Vec(0.120629034936f));
+  const Vec half = Vec(-0.5f) * a;
+  const Vec rounded = fma(half * a, Vec(kLog2E), Vec(kRoundMagic));
+  const Vec k = rounded - Vec(kRoundMagic);
+  const Vec r = fma(k, Vec(-kLn2Low), fma(half, a, k * Vec(-kLn2High)));
+  const Vec e = select(magnitude.v > kEnd, Vec(0.f), exp_reduced(rounded, r));
+  return fma(Vec(0.f) - a * t, q * e, max(x, Vec(0.f)));
 }
 
 // The tanh form of gelu, written as x sigmoid(2 u) so that the left tail does not cancel.
 inline Vec gelu_tanh(Vec x) {
-  const VFloat u = 0.7978845608028654f * x.v * (1.f + 0.044715f * x.v * x.v);
-  return x / (Vec(1.f) + exp(Vec(-2.f * u)));
+  const Vec square = x * x;
+  const Vec twice_u = x * fma(square, Vec(0.0713548162726f), Vec(1.5957691216057f));
+  return x / one_plus_exp_minus(twice_u);
 }
 
 }  // namespace ACCELRT_ISA

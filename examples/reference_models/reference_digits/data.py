@@ -115,22 +115,38 @@ def _reflect(position: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
     return torch.minimum(phase, 4 * limit - phase) - limit
 
 
+def random_prompts(
+    labels: torch.Tensor, rng: torch.Generator
+) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """Random prompts for digits, with the indices of their verbs and directions."""
+    n = len(labels)
+    names, verbs = list(DIRECTIONS), list(VERBS)
+    direction_ids = torch.randint(len(names), (n,), generator=rng)
+    verb_ids = torch.randint(len(verbs), (n,), generator=rng)
+    template_ids = torch.randint(len(TEMPLATES), (n,), generator=rng).tolist()
+    numeral = (torch.rand(n, generator=rng) < 0.25).tolist()
+    prompts = [
+        TEMPLATES[template_ids[i]].format(
+            digit=str(label) if numeral[i] else DIGIT_WORDS[label],
+            verb=verbs[int(verb_ids[i])],
+            direction=names[int(direction_ids[i])],
+        )
+        for i, label in enumerate(labels.tolist())
+    ]
+    return prompts, verb_ids, direction_ids
+
+
 def render_videos(
     split: Split, index: torch.Tensor, rng: torch.Generator, num_frames: int = NUM_FRAMES
 ) -> tuple[torch.Tensor, list[str]]:
     """Videos ``(N, F, 3, 32, 32)`` of a digit that moves and bounces, and their prompts."""
     n = len(index)
-    names, verbs = list(DIRECTIONS), list(VERBS)
-    direction_ids = torch.randint(len(names), (n,), generator=rng).tolist()
-    verb_ids = torch.randint(len(verbs), (n,), generator=rng).tolist()
-    template_ids = torch.randint(len(TEMPLATES), (n,), generator=rng).tolist()
-    numeral = (torch.rand(n, generator=rng) < 0.25).tolist()
-
+    prompts, verb_ids, direction_ids = random_prompts(split.labels[index], rng)
     size = _uniform(n, 16.0, 20.0, rng)
     limit = (CANVAS - size) / 2
-    speed_range = torch.tensor([VERBS[verbs[v]] for v in verb_ids])
+    speed_range = torch.tensor(list(VERBS.values()))[verb_ids]
     speed = speed_range[:, 0] + torch.rand(n, generator=rng) * speed_range.diff(dim=1)[:, 0]
-    velocity = torch.tensor([DIRECTIONS[names[d]] for d in direction_ids]) * speed[:, None]
+    velocity = torch.tensor(list(DIRECTIONS.values()))[direction_ids] * speed[:, None]
     start = _uniform(2 * n, -1.0, 1.0, rng).view(n, 2) * limit[:, None]
     frames = torch.arange(num_frames)[None, :, None]
     centre = _reflect(start[:, None] + velocity[:, None] * frames, limit[:, None, None])
@@ -144,15 +160,6 @@ def render_videos(
         angle=repeat(_uniform(n, -0.12, 0.12, rng)),
         centre=centre.reshape(-1, 2),
     )
-    prompts = []
-    for i, label in enumerate(split.labels[index].tolist()):
-        prompts.append(
-            TEMPLATES[template_ids[i]].format(
-                digit=str(label) if numeral[i] else DIGIT_WORDS[label],
-                verb=verbs[verb_ids[i]],
-                direction=names[direction_ids[i]],
-            )
-        )
     return pixels.view(n, num_frames, 3, CANVAS, CANVAS), prompts
 
 

@@ -18,10 +18,12 @@ from diffusers import (
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import data, models
 from .training import (
     DiffusionLoss,
+    FitResult,
     autocast,
     fit,
     kl_to_standard_normal,
@@ -42,9 +44,10 @@ class Settings:
     seed: int = 0
     classifier_steps: int = 1500
     vae_steps: int = 2000
-    dit_steps: int = 4000
-    unet_steps: int = 700
-    motion_steps: int = 1100
+    dit_steps: int = 3000
+    text_steps: int = 300
+    unet_steps: int = 1200
+    motion_steps: int = 1000
     dit_pool: int = 40_000
     video_pool: int = 5_000
 
@@ -182,28 +185,54 @@ def train_dit(cfg: Settings, vae: AutoencoderKL) -> dict[str, Any]:
     return {"training": result.as_dict()}
 
 
-class TextToVideo(nn.Module):
-    """The modules of AnimateDiff that are trained together."""
+def _train_text_encoder(cfg: Settings, tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, FitResult]:
+    """Teach the text encoder what the prompts mean, before any image is seen.
 
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-        self.text_encoder = text_encoder
+    Linear heads must tell digit, verb and direction from every position at and after the end of
+    the prompt. (CLIP is trained before a diffusion model uses it, too, and is frozen then.)
+    """
+    train, _ = data.load_splits()
+    torch.manual_seed(cfg.seed + 5)
+    encoder = models.build_text_encoder(tokenizer)
+    sizes = (data.NUM_CLASSES, len(data.VERBS), len(data.DIRECTIONS))
+    heads = nn.ModuleList(nn.Linear(models.TEXT_DIM, size) for size in sizes)
 
-    def forward(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor
-    ) -> torch.Tensor:
-        """Predicted noise for images ``(N, C, H, W)`` or videos ``(N, C, F, H, W)``."""
-        context = self.text_encoder(tokens).last_hidden_state
-        if noisy.dim() == 5:
-            context = context.repeat_interleave(noisy.shape[2], dim=0)
-        return self.unet(noisy, timesteps, encoder_hidden_states=context).sample
+    def loss_fn(step: int, rng: torch.Generator) -> torch.Tensor:
+        index = data.sample_indices(train, 64, rng)
+        prompts, verbs, directions = data.random_prompts(train.labels[index], rng)
+        tokens = _tokenize(tokenizer, prompts)
+        states = encoder(tokens).last_hidden_state
+        after_end = tokens == tokenizer.eos_token_id
+        targets = (train.labels[index], verbs, directions)
+        loss = torch.zeros(())
+        for head, target in zip(heads, targets, strict=True):
+            wanted = target[:, None].expand_as(tokens)[after_end]
+            loss = loss + F.cross_entropy(head(states[after_end]), wanted)
+        return loss
+
+    result = fit(
+        "animatediff-text",
+        nn.ModuleList([encoder, heads]),
+        loss_fn,
+        steps=cfg.text_steps,
+        lr=2e-3,
+        work=cfg.work,
+        seed=cfg.seed,
+        ema_decay=0.99,
+        warmup=20,
+    )
+    return encoder.requires_grad_(False), result
+
+
+def _tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
+    batch = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
+    return batch.input_ids
 
 
 def train_animatediff(cfg: Settings, vae: AutoencoderKL) -> dict[str, Any]:
-    """Train AnimateDiff as its authors do: first the image UNet, then the motion modules.
+    """Train AnimateDiff as its authors do: text encoder, image UNet, then motion modules.
 
-    The second phase trains the spatial layers and the text encoder on as well.
+    The last phase trains the spatial layers on as well, on videos and single frames in turn.
     """
     train, _ = data.load_splits()
     prompts: list[str] = []
@@ -217,53 +246,77 @@ def train_animatediff(cfg: Settings, vae: AutoencoderKL) -> dict[str, Any]:
 
     pool = _pool(cfg.video_pool, 100, "latents (AnimateDiff)", make)
     tokenizer = models.build_tokenizer()
-    tokens = tokenizer(
-        [*prompts, ""], padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
-    pool_tokens, empty = tokens[:-1], tokens[-1]
+    text_encoder, text = _train_text_encoder(cfg, tokenizer)
+    with torch.inference_mode():
+        states = [
+            text_encoder(tokens).last_hidden_state
+            for tokens in _tokenize(tokenizer, [*prompts, ""]).split(250)
+        ]
+    contexts = torch.cat(states).clone()
 
-    torch.manual_seed(cfg.seed + 3)
     scheduler = models.animatediff_scheduler()
     diffusion = DiffusionLoss(scheduler.betas)
-    module = TextToVideo(models.build_unet2d(), models.build_text_encoder(tokenizer))
+    torch.manual_seed(cfg.seed + 3)
+    unet = models.build_unet2d()
 
-    def loss_of(clean: torch.Tensor, index: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-        dropped = torch.rand(len(index), 1, generator=rng) < LABEL_DROPOUT
-        text = torch.where(dropped, empty, pool_tokens[index])
+    def loss_of(
+        model: nn.Module, clean: torch.Tensor, index: torch.Tensor, rng: torch.Generator
+    ) -> torch.Tensor:
+        dropped = torch.rand(len(index), generator=rng) < LABEL_DROPOUT
+        context = contexts[torch.where(dropped, len(contexts) - 1, index)]
+        if clean.dim() == 5:
+            context = context.repeat_interleave(clean.shape[2], dim=0)
         noisy, noise, timesteps = diffusion.add_noise(clean, rng)
         with autocast(True):
-            prediction = module(noisy, timesteps, text)
+            prediction = model(noisy, timesteps, encoder_hidden_states=context).sample
         return diffusion.simple(prediction, noise, timesteps)
 
-    def image_loss(step: int, rng: torch.Generator) -> torch.Tensor:
+    def random_frames(rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         index = torch.randint(len(pool), (128,), generator=rng)
         frame = torch.randint(pool.shape[2], (128,), generator=rng)
-        return loss_of(pool[index, :, frame], index, rng)
+        return index, pool[index, :, frame]
+
+    def image_loss(step: int, rng: torch.Generator) -> torch.Tensor:
+        index, frames = random_frames(rng)
+        return loss_of(unet, frames, index, rng)
+
+    common: dict[str, Any] = {
+        "work": cfg.work,
+        "seed": cfg.seed,
+        "checkpoint_every": 50,
+        "warmup": 50,
+    }
+    images = fit("animatediff-images", unet, image_loss, steps=cfg.unet_steps, lr=1e-3, **common)
+    torch.manual_seed(cfg.seed + 4)
+    motion_unet = UNetMotionModel.from_unet2d(unet, models.build_motion_adapter())
 
     def video_loss(step: int, rng: torch.Generator) -> torch.Tensor:
-        index = torch.randint(len(pool), (12,), generator=rng)
-        return loss_of(pool[index], index, rng)
+        if step % 2:  # many prompts: a batch of single frames
+            index, frames = random_frames(rng)
+            return loss_of(motion_unet, frames[:, :, None], index, rng)
+        index = torch.randint(len(pool), (8,), generator=rng)
+        return loss_of(motion_unet, pool[index], index, rng)
 
-    common: dict[str, Any] = {"work": cfg.work, "seed": cfg.seed, "checkpoint_every": 100}
-    images = fit("animatediff-images", module, image_loss, steps=cfg.unet_steps, lr=1e-3, **common)
-    torch.manual_seed(cfg.seed + 4)
-    module.unet = UNetMotionModel.from_unet2d(module.unet, models.build_motion_adapter())
     videos = fit(
-        "animatediff-videos", module, video_loss, steps=cfg.motion_steps, lr=1e-3, **common
+        "animatediff-videos", motion_unet, video_loss, steps=cfg.motion_steps, lr=1e-3, **common
     )
     pipe = AnimateDiffPipeline(
         vae=_copy_vae(vae),
-        text_encoder=module.text_encoder,
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=module.unet,
-        motion_adapter=models.export_motion_adapter(module.unet),
+        unet=motion_unet,
+        motion_adapter=models.export_motion_adapter(motion_unet),
         scheduler=scheduler,
     )
     target = cfg.out / "animatediff"
     _save(pipe, target)
     # Newer transformers write tokenizer.json only; older ones read these two.
     tokenizer.backend_tokenizer.model.save(str(target / "tokenizer"))
-    return {"image_training": images.as_dict(), "video_training": videos.as_dict()}
+    return {
+        "text_training": text.as_dict(),
+        "image_training": images.as_dict(),
+        "video_training": videos.as_dict(),
+    }
 
 
 def _copy_vae(vae: AutoencoderKL) -> AutoencoderKL:

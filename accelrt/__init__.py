@@ -1,0 +1,31 @@
+"""accelrt makes diffusers pipelines need a fraction of their memory and time, exactly.
+
+    import accelrt
+    from diffusers import AnimateDiffPipeline
+
+    pipe = AnimateDiffPipeline.from_pretrained(...)
+    accelrt.wrap(pipe)                       # the same pipeline, accelerated
+    frames = pipe("a digit bouncing").frames
+    print(accelrt.summary(pipe))             # what is fused, what is sliced, what is not
+    accelrt.unwrap(pipe)                     # exactly as it was
+
+Settings go through :class:`Config` or as keywords: ``accelrt.wrap(pipe, frames_per_slice=2)``.
+The fused operators are in :mod:`accelrt.ops`, their pure-torch truth in
+:mod:`accelrt.reference`, memory measurement in :mod:`accelrt.memory`.
+"""
+
+from accelrt.config import Config
+from accelrt.errors import UnsupportedModelError
+from accelrt.wrap import is_wrapped, summary, unwrap, wrap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "UnsupportedModelError",
+    "__version__",
+    "is_wrapped",
+    "summary",
+    "unwrap",
+    "wrap",
+]

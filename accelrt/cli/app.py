@@ -1,0 +1,58 @@
+"""The command line: its commands, and what all of them share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import accelrt
+from accelrt.cli.demo import demo
+from accelrt.cli.doctor import doctor
+from accelrt.cli.errors import set_debug
+
+EPILOG = (
+    "Exit codes: 0 done; 1 the finding is negative (`doctor`: not usable here; `demo`: an "
+    "unwrapped pipeline differs from the stock one); 2 wrong arguments, missing files or an "
+    "unsupported model; 130 interrupted."
+)
+
+app = typer.Typer(
+    name="accelrt",
+    help="Diffusers pipelines in a fraction of their memory and time.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"accelrt {accelrt.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Diffusers pipelines in a fraction of their memory and time."""
+    set_debug(debug)
+
+
+app.command(epilog="Exit codes: 0 usable here; 1 not usable.")(doctor)
+app.command(
+    epilog="Exit codes: 0 done; 1 an unwrapped pipeline differs from the stock one; "
+    "2 wrong arguments, missing files or an unsupported model."
+)(demo)
+
+
+def main() -> None:
+    """Run the command line; the entry point of the ``accelrt`` script."""
+    app(prog_name="accelrt")

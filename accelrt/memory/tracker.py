@@ -1,0 +1,155 @@
+"""Peak of live tensor memory, exact to the storage, on any device."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class PeakTracker(TorchDispatchMode):
+    """Counts the bytes of tensor storages that are alive while the context is open.
+
+    A storage counts from the operation that made it until it is freed, once, however
+    many views it has. Storages that existed before (weights, inputs) are counted
+    apart, when an operation first reads them. What operators allocate inside
+    themselves and free before they return (a convolution's workspace) is not seen.
+    Works on the CPU, CUDA and meta tensors; only operations of the thread that opened
+    the context are seen.
+
+    Args:
+        record: keep :attr:`timeline`.
+
+    Example::
+
+        with track_peak() as memory:
+            pipe(...)
+        print(memory.peak_bytes / 2**20, "MiB")
+    """
+
+    def __init__(self, *, record: bool = False) -> None:
+        super().__init__()
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.existing_bytes = 0
+        self.peak_label = ""
+        self.record = record
+        self.timeline: list[tuple[str, int]] = []
+        self._sizes: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[Any]] = {}
+        self._before: set[int] = set()
+        self._label = ""
+
+    def mark(self, label: str) -> None:
+        """Name what runs from here on; shown in the timeline and as ``peak_label``."""
+        self._label = label
+
+    def reset_peak(self) -> None:
+        """Begin a new peak at what is alive now."""
+        self.peak_bytes = self.live_bytes
+        self.peak_label = self._label
+
+    def enter(self, stage: Any, group: Any, state: Any) -> None:
+        """Observer protocol of :mod:`accelrt.models`: label by stage and group."""
+        self.mark(group.name)
+
+    def leave(self, stage: Any, group: Any, state: Any) -> None:
+        """Observer protocol of :mod:`accelrt.models`."""
+        self.mark(stage.name)
+
+    def _watch(self, tensor: Tensor, *, existed: bool) -> None:
+        try:
+            storage = tensor.untyped_storage()
+        except NotImplementedError:  # sparse and opaque tensors have no storage
+            return
+        key, size = storage._cdata, storage.nbytes()
+        known = self._references.get(key)
+        if known is not None and known() is storage:
+            if key not in self._before and size != self._sizes[key]:  # resized in place
+                self.live_bytes += size - self._sizes[key]
+                self._sizes[key] = size
+            return
+        self._references[key] = weakref.ref(storage, lambda _: self._freed(key))
+        self._sizes[key] = size
+        if existed:
+            self._before.add(key)
+            self.existing_bytes += size
+        else:
+            self.live_bytes += size
+
+    def _freed(self, key: int) -> None:
+        size = self._sizes.pop(key)
+        del self._references[key]
+        if key in self._before:
+            self._before.discard(key)
+            self.existing_bytes -= size
+        else:
+            self.live_bytes -= size
+
+    def existing(self, tensors: Iterable[Tensor]) -> None:
+        """Count ``tensors`` (weights, inputs) as existing before, without using them."""
+        for tensor in tensors:
+            self._watch(tensor, existed=True)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self._watch(leaf, existed=True)
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._watch(leaf, existed=False)
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes = self.live_bytes
+            self.peak_label = self._label or str(func)
+        if self.record:
+            self.timeline.append((self._label or str(func), self.live_bytes))
+        return result
+
+    def __enter__(self) -> PeakTracker:
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        # Storages outlive the context; their size must not change the result any more.
+        self._references.clear()
+
+
+def track_peak(*, record: bool = False) -> PeakTracker:
+    """A context manager that measures the peak of live tensor bytes.
+
+    Args:
+        record: also keep a timeline of ``(label, live bytes)`` after every operation.
+
+    Returns:
+        A :class:`PeakTracker`, to be entered; its ``peak_bytes`` and ``live_bytes`` do
+        not include ``existing_bytes``, what was there before.
+    """
+    return PeakTracker(record=record)
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind ``tensors``."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def weight_bytes(*modules: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    return storage_bytes(tensors)

@@ -1,0 +1,110 @@
+"""The description of a model family, and the registry of descriptions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import LabelEmbedding
+from torch import Tensor, nn
+
+from accelrt.config import Config
+from accelrt.groups import State
+from accelrt.groups.recognise import is_plain
+
+from .stages import Stage
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEVICES = ("cpu", "cuda", "meta")
+
+
+class Family(ABC):
+    """One swapped forward: how to run it as stages.
+
+    A family has no state of its own; one instance serves all models.
+    """
+
+    input_name = "sample"
+    lora_scale_kwargs: str | None = None
+
+    @abstractmethod
+    def begin(self, model: nn.Module, inputs: dict[str, Any]) -> State:
+        """The state before the first stage."""
+
+    @abstractmethod
+    def stages(self, model: nn.Module, config: Config) -> tuple[Stage, ...]:
+        """The stages of ``model``, in order."""
+
+    @abstractmethod
+    def finish(self, model: nn.Module, state: State) -> Any:
+        """What the stock forward returns, from the state after the last stage."""
+
+    def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
+        """The containers whose children the groups hold."""
+        return ()
+
+    def images_per_run(self, config: Config) -> int | None:
+        """Inputs that go through all stages together; ``None`` for all of them."""
+        return None
+
+    def declines(self, model: nn.Module, inputs: dict[str, Any]) -> str:
+        """Why this call must run the stock forward; empty if it need not."""
+        x = inputs.get(self.input_name)
+        if not isinstance(x, Tensor):
+            return f"{self.input_name} is not a tensor"
+        if x.numel() == 0:
+            return f"{self.input_name} is empty"
+        if x.dtype not in DTYPES or x.device.type not in DEVICES:
+            return f"{x.dtype} on {x.device.type} has no kernels"
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+            return "autocast is active"
+        return ""
+
+    def structure(self, model: nn.Module) -> tuple[Any, ...]:
+        """Changes when the stages must be built anew: modules replaced, hooks attached."""
+        key: list[Any] = [id(child) for child in model._modules.values()]
+        for block in self.blocks(model):
+            key += (id(block), is_plain(block, type(block)))
+            for child in block._modules.values():
+                key.append(id(child))
+                if isinstance(child, nn.ModuleList):
+                    key += [id(item) for item in child._modules.values()]
+        return tuple(key)
+
+
+def random_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules whose output is random in training mode: slicing would change the draw."""
+    found: list[nn.Module] = []
+    for module in model.modules():
+        dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        labels = isinstance(module, LabelEmbedding) and module.dropout_prob > 0
+        if dropout or labels:
+            found.append(module)
+    return found
+
+
+# Class name -> (path of the submodule whose forward is swapped, its family), in order.
+_REGISTRY: dict[type, tuple[tuple[str, Family], ...]] = {}
+
+
+def register(cls: type, *parts: tuple[str, Family]) -> None:
+    """Describe a model class.
+
+    Args:
+        cls: the diffusers class; subclasses are not included.
+        parts: paths of the submodules whose forward is swapped (``""`` is the model
+            itself), each with its family.
+    """
+    _REGISTRY[cls] = parts
+
+
+def parts_of(model: object) -> tuple[tuple[str, Family], ...]:
+    """What to swap in ``model``; empty if its class is not described."""
+    return _REGISTRY.get(type(model), ())
+
+
+def supported() -> list[str]:
+    """Names of the described classes."""
+    return sorted(cls.__name__ for cls in _REGISTRY)

@@ -1,0 +1,110 @@
+"""What of a wrapped object is fused, sliced or untouched, and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelrt.models.forward import Forward
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operator group.
+
+    Args:
+        component: name of the wrapped part, ``""`` for a model wrapped by itself.
+        stage, group: names.
+        status: ``"fused"``, ``"sliced"`` or ``"untouched"``.
+        axis: what is sliced, or ``""``.
+        length, total: items per slice and in all; ``None`` before the first call if
+            the length is automatic.
+        reason: why the group is not fused, or a remark.
+    """
+
+    component: str
+    stage: str
+    group: str
+    status: str
+    axis: str
+    length: int | None
+    total: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All groups of a wrapped object; prints as a table.
+
+    Args:
+        rows: one per group.
+        stock: components whose last call ran the stock forward, with the reason.
+        unsupported: components that were not wrapped, with their classes.
+    """
+
+    rows: tuple[Row, ...]
+    stock: dict[str, str]
+    unsupported: dict[str, str]
+
+    def counts(self) -> dict[str, int]:
+        """Number of groups per status."""
+        result = {"fused": 0, "sliced": 0, "untouched": 0}
+        for row in self.rows:
+            result[row.status] += 1
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: ``groups`` (a list of rows), ``counts``, ``stock``, ``unsupported``."""
+        return {
+            "groups": [asdict(row) for row in self.rows],
+            "counts": self.counts(),
+            "stock": dict(self.stock),
+            "unsupported": dict(self.unsupported),
+        }
+
+    def __str__(self) -> str:
+        header = ("component", "stage", "group", "status", "slice", "reason")
+        table = [header, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+        table.insert(1, tuple("-" * width for width in widths))
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in table
+        ]
+        lines.append(", ".join(f"{count} {kind}" for kind, count in self.counts().items()))
+        lines += [
+            f"last call of {name or 'the model'} ran the stock forward: {reason}"
+            for name, reason in self.stock.items()
+        ]
+        if self.unsupported:
+            names = (f"{name} ({cls})" for name, cls in self.unsupported.items())
+            lines.append(f"not wrapped: {', '.join(names)}")
+        return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    length = "auto" if row.length is None else str(row.length)
+    if row.total is not None:
+        length += f"/{row.total}"
+    cut = f"{length} {row.axis}" if row.axis else ""
+    return (row.component, row.stage, row.group, row.status, cut, row.reason)
+
+
+def describe(found: list[tuple[str, Forward]], unsupported: dict[str, str]) -> Summary:
+    """The summary of some named forwards, and of the components beside them."""
+    rows: list[Row] = []
+    stock: dict[str, str] = {}
+    for component, forward in found:
+        for stage in forward.stages():
+            for group in stage.groups:
+                status = group.status()
+                rows.append(
+                    Row(
+                        component, stage.name, group.name, status.kind, status.axis,
+                        status.length, status.total, status.reason,
+                    )
+                )  # fmt: skip
+        if forward.stock_reason:
+            stock[component] = forward.stock_reason
+    return Summary(tuple(rows), stock, unsupported)

@@ -1,0 +1,1 @@
+"""Reports on a machine and on comparisons: environment, tables, pictures, HTML."""

@@ -1,0 +1,145 @@
+"""Wrap and unwrap: the swap of forwards, and its undoing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from accelrt.config import Config
+from accelrt.errors import UnsupportedModelError
+from accelrt.report import Summary, describe
+from accelrt.swap import find, restore, swap
+
+if TYPE_CHECKING:
+    from accelrt.models.forward import Forward
+
+Part = tuple[nn.Module, str, Any]
+
+
+def wrap(pipe_or_model: Any, *, config: Config | None = None, **overrides: Any) -> Any:
+    """Accelerate a diffusers pipeline or model in place and return the same object.
+
+    The forwards of the supported components are replaced by ones that run the same
+    modules as sliced, fused operator groups. Classes, signatures, return types,
+    parameters and ``state_dict`` keys stay as they are, and the output equals the stock
+    output within the rounding error that the stock model itself has in its dtype.
+
+    Args:
+        pipe_or_model: a ``DiffusionPipeline`` (every supported component is wrapped) or
+            a model of a supported class.
+        config: slice lengths and switches; the defaults if ``None``.
+        overrides: single settings of :class:`Config`, over those of ``config``.
+
+    Returns:
+        ``pipe_or_model`` itself.
+
+    Raises:
+        UnsupportedModelError: nothing in it is of a supported class.
+        ValueError: for an unknown or wrong setting, or if it is wrapped already.
+
+    Source: Feature Slicer and Operator Grouping of Streamlined Inference (arXiv
+    2411.01171, section 3), made exact.
+    """
+    if config is None:
+        config = Config()
+    elif not isinstance(config, Config):
+        raise ValueError(f"config is {type(config).__name__}; expected accelrt.Config")
+    config = config.override(**overrides)
+    from accelrt.models import supported
+    from accelrt.models.forward import Forward
+
+    parts = _parts(pipe_or_model)
+    if not parts:
+        raise UnsupportedModelError(
+            f"{type(pipe_or_model).__name__} has no supported component; "
+            f"supported models: {', '.join(supported())}"
+        )
+    for module, path, _ in parts:
+        if find(module) is not None:
+            name = type(module).__name__ + (f" ({path})" if path else "")
+            raise ValueError(f"{name} is wrapped already; call accelrt.unwrap first")
+    done: list[nn.Module] = []
+    try:
+        for module, path, family in parts:
+            forward = Forward(module, family, config, path)
+            forward.stages()  # an unexpected structure fails here, not at the first step
+            swap(module, forward)
+            done.append(module)
+    except BaseException:
+        for module in reversed(done):
+            restore(module)
+        raise
+    return pipe_or_model
+
+
+def unwrap(pipe_or_model: Any) -> Any:
+    """Undo :func:`wrap` completely and return the same object.
+
+    Raises:
+        ValueError: if nothing in it is wrapped.
+    """
+    wrapped = [module for module, _, _ in _parts(pipe_or_model) if find(module) is not None]
+    if not wrapped:
+        raise ValueError(f"{type(pipe_or_model).__name__} is not wrapped")
+    for module in wrapped:
+        restore(module)
+    return pipe_or_model
+
+
+def is_wrapped(pipe_or_model: Any) -> bool:
+    """Whether any component of the pipeline, or the model, is wrapped."""
+    return any(find(module) is not None for module, _, _ in _parts(pipe_or_model))
+
+
+def summary(pipe_or_model: Any) -> Summary:
+    """Every operator group of a wrapped object: fused, sliced or untouched, and why.
+
+    Returns:
+        A :class:`~accelrt.report.Summary`, which prints as a table and has ``to_dict()``.
+
+    Raises:
+        ValueError: if nothing in it is wrapped.
+    """
+    found = forwards(pipe_or_model)
+    if not found:
+        raise ValueError(f"{type(pipe_or_model).__name__} is not wrapped; call accelrt.wrap first")
+    from accelrt.models import parts_of
+
+    unsupported = {
+        name: type(component).__name__
+        for name, component in _components(pipe_or_model).items()
+        if isinstance(component, nn.Module) and not parts_of(component)
+    }
+    return describe(found, unsupported)
+
+
+def forwards(pipe_or_model: Any) -> list[tuple[str, Forward]]:
+    """Names and forwards of the wrapped parts, for profilers and schedulers."""
+    named = [(name, find(module)) for module, name, _ in _parts(pipe_or_model)]
+    return [(name, forward) for name, forward in named if forward is not None]
+
+
+def _components(target: Any) -> Mapping[str, Any]:
+    """A pipeline's components by name; a model alone has the name ``""``."""
+    if isinstance(target, nn.Module):
+        return {"": target}
+    components = getattr(target, "components", None)
+    return components if isinstance(components, Mapping) else {}
+
+
+def _parts(target: Any) -> list[Part]:
+    """Modules whose forward can be swapped, each with its name and family."""
+    from accelrt.models import parts_of
+
+    parts: list[Part] = []
+    seen: set[int] = set()
+    for name, component in _components(target).items():
+        if not isinstance(component, nn.Module) or id(component) in seen:
+            continue
+        seen.add(id(component))
+        for path, family in parts_of(component):
+            full = ".".join(p for p in (name, path) if p)
+            parts.append((component.get_submodule(path), full, family))
+    return parts

@@ -1,0 +1,103 @@
+#include <algorithm>
+
+#include "accelrt/dispatch.h"
+#include "accelrt/parallel.h"
+#include "accelrt/vec.h"
+#include "kernels/geglu/geglu.h"
+
+namespace accelrt {
+namespace ACCELRT_ISA {
+namespace {
+
+template <ActivationKind kKind>
+Vec gelu_of(Vec x) {
+  if constexpr (kKind == ActivationKind::kGELU) return gelu(x);
+  return gelu_tanh(x);
+}
+
+// n elements of one row, all pointers with unit stride. No __restrict__: out may be the value.
+template <typename T, ActivationKind kKind, bool kBias>
+void contiguous_part(const T* value, const T* gate, const T* value_bias, const T* gate_bias, T* out,
+                     int64_t n) {
+  for_lanes(n, [&](int64_t i, int lanes) {
+    Vec v = load_any(value + i, lanes);
+    Vec g = load_any(gate + i, lanes);
+    if constexpr (kBias) {
+      v += load_any(value_bias + i, lanes);
+      g += load_any(gate_bias + i, lanes);
+    }
+    store_any(out + i, lanes, v * gelu_of<kKind>(g));
+  });
+}
+
+// [begin, end) of one row of any strides: vectors are gathered and scattered by element.
+template <typename T, ActivationKind kKind>
+void strided_part(const GegluParams& p, const T* value, const T* gate, T* out, int64_t begin,
+                  int64_t end) {
+  const T* value_bias = static_cast<const T*>(p.bias);
+  const T* gate_bias = static_cast<const T*>(p.gate_bias);
+  const int64_t x_stride = p.rows.inner_stride[0];
+  const int64_t out_stride = p.rows.inner_stride[1];
+  for (int64_t at = begin; at < end; at += kLanes) {
+    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, end - at));
+    Vec v(0.f);
+    Vec g(0.f);
+    for (int k = 0; k < lanes; ++k) {
+      v.v[k] = to_float(value[(at + k) * x_stride]);
+      g.v[k] = to_float(gate[(at + k) * x_stride]);
+      if (value_bias != nullptr) {
+        v.v[k] += to_float(value_bias[at + k]);
+        g.v[k] += to_float(gate_bias[at + k]);
+      }
+    }
+    const Vec result = v * gelu_of<kKind>(g);
+    for (int k = 0; k < lanes; ++k) out[(at + k) * out_stride] = from_float<T>(result.v[k]);
+  }
+}
+
+template <typename T, ActivationKind kKind>
+void run(const GegluParams& p) {
+  // Rows are cut into pieces, so that one long row is shared by the threads too.
+  constexpr int64_t kPiece = 8192;
+  const int64_t pieces = (p.rows.inner + kPiece - 1) / kPiece;
+  const int64_t grain = std::max<int64_t>(1, kPiece / std::min(p.rows.inner, kPiece));
+  const T* bias = static_cast<const T*>(p.bias);
+  const T* gate_bias = static_cast<const T*>(p.gate_bias);
+  const bool unit = p.rows.unit_inner();
+  parallel_for(0, p.rows.rows * pieces, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      int64_t offset[2];
+      p.rows.offsets(i / pieces, offset);
+      const T* value = static_cast<const T*>(p.x) + offset[0];
+      const T* gate = static_cast<const T*>(p.gate) + offset[0];
+      T* out = static_cast<T*>(p.out) + offset[1];
+      const int64_t from = (i % pieces) * kPiece;
+      const int64_t to = std::min(from + kPiece, p.rows.inner);
+      if (!unit) {
+        strided_part<T, kKind>(p, value, gate, out, from, to);
+      } else if (bias != nullptr) {
+        contiguous_part<T, kKind, true>(value + from, gate + from, bias + from, gate_bias + from,
+                                        out + from, to - from);
+      } else {
+        contiguous_part<T, kKind, false>(value + from, gate + from, nullptr, nullptr, out + from,
+                                         to - from);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void geglu_cpu(const GegluParams& p) {
+  dispatch_dtype("geglu", p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (p.kind == ActivationKind::kGELU) {
+      run<T, ActivationKind::kGELU>(p);
+    } else {
+      run<T, ActivationKind::kGELUTanh>(p);
+    }
+  });
+}
+
+}  // namespace ACCELRT_ISA
+}  // namespace accelrt

@@ -1,0 +1,312 @@
+// A unit of work is one pixel and a group of neighbouring heads, whose channels are contiguous.
+// Its tiles are converted to float in a scratch that stays in the cache:
+//   q^T [channels, T], k [T_k, channels], v [T_k, channels].
+// Both products are the same register-blocked kernel, c = a b with the columns of b in vectors
+// and single elements of a broadcast. The first one computes the scores transposed,
+//   s [T_k, T] = k q^T,
+// so that the softmax over the keys runs down the rows: no horizontal reduction anywhere.
+// The second one is out = s^T v. All reads of a unit come before its writes, so out may be q.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+
+#include "accelrt/dispatch.h"
+#include "accelrt/parallel.h"
+#include "accelrt/vec.h"
+#include "kernels/temporal_attention/temporal_attention.h"
+
+namespace accelrt {
+namespace ACCELRT_ISA {
+namespace {
+
+// The register block: kRows broadcast rows times kVecs vectors, chosen so that the accumulators
+// hide the latency of the FMA and fit the 32 or 16 registers.
+#if defined(__AVX512F__)
+constexpr int kRows = 8;
+constexpr int kVecs = 2;
+#elif defined(__AVX2__)
+constexpr int kRows = 4;
+constexpr int kVecs = 2;
+#else
+constexpr int kRows = 4;
+constexpr int kVecs = 1;
+#endif
+
+constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+// Interleaves the low (or high) halves of two vectors.
+inline VFloat interleave_low(VFloat a, VFloat b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#else
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#endif
+}
+
+inline VFloat interleave_high(VFloat a, VFloat b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                                 31);
+#else
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#endif
+}
+
+// One step moves the top bit of the row index to the bottom of the column index and the other
+// way round; log2(kLanes) steps exchange rows and columns.
+inline void transpose_step(const VFloat (&x)[kLanes], VFloat (&y)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes / 2; ++i) {
+    y[2 * i] = interleave_low(x[i], x[i + kLanes / 2]);
+    y[2 * i + 1] = interleave_high(x[i], x[i + kLanes / 2]);
+  }
+}
+
+inline void transpose(VFloat (&x)[kLanes]) {
+  VFloat y[kLanes];
+  transpose_step(x, y);
+  transpose_step(y, x);
+  transpose_step(x, y);
+  if constexpr (kLanes == 16) {
+    transpose_step(y, x);
+  } else {
+    std::memcpy(x, y, sizeof(y));
+  }
+}
+
+// 2^x for x <= 0 (the scores less their maximum); relative error below 2e-7 (the polynomial of
+// Cephes' exp2f). Results below 2^-126 are 2^-126, which is nothing in a sum that holds a one.
+inline Vec exp2_nonpositive(Vec x) {
+  const VFloat clamped = x.v < -126.f ? VFloat{} - 126.f : x.v;
+  const VFloat magic = VFloat{} + 12582912.f;  // 1.5 * 2^23: rounds to the nearest integer
+  const VFloat t = clamped + magic;
+  const VFloat r = clamped - (t - magic);
+  VFloat p = VFloat{} + 1.535336188319500e-4f;
+  p = p * r + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  p = p * r + 1.f;
+  const VInt exponent = reinterpret_cast<VInt>(t) - reinterpret_cast<VInt>(magic);
+  return p * reinterpret_cast<VFloat>((exponent + 127) << 23);
+}
+
+// c[R, N vectors] = a b over `depth`. a is [R, depth] with rows lda apart, or with kTransposed
+// [depth, R].
+template <int R, int N, bool kTransposed>
+inline void block_product(const float* a, int64_t lda, const float* b, int64_t ldb, int depth,
+                          float* c, int64_t ldc) {
+  VFloat acc[R][N] = {};
+  for (int k = 0; k < depth; ++k) {
+    VFloat row[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) row[n] = load(b + k * ldb + n * kLanes).v;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const float x = kTransposed ? a[k * lda + r] : a[r * lda + k];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) acc[r][n] = acc[r][n] + x * row[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) store(c + r * ldc + n * kLanes, acc[r][n]);
+  }
+}
+
+template <int R, bool kTransposed>
+inline void row_product(const float* a, int64_t lda, const float* b, int64_t ldb, int vectors,
+                        int depth, float* c, int64_t ldc) {
+  int n = 0;
+  for (; n + kVecs <= vectors; n += kVecs) {
+    block_product<R, kVecs, kTransposed>(a, lda, b + n * kLanes, ldb, depth, c + n * kLanes, ldc);
+  }
+  for (; n < vectors; ++n) {
+    block_product<R, 1, kTransposed>(a, lda, b + n * kLanes, ldb, depth, c + n * kLanes, ldc);
+  }
+}
+
+// c[rows, vectors] = a b. Rows are processed in blocks, so a and c are readable and writable
+// up to the next multiple of kRows.
+template <bool kTransposed>
+void product(const float* a, int64_t lda, int rows, const float* b, int64_t ldb, int vectors,
+             int depth, float* c, int64_t ldc) {
+  for (int r = 0; r < rows; r += kRows) {
+    const float* from = kTransposed ? a + r : a + r * lda;
+    if (rows - r > kRows / 2) {
+      row_product<kRows, kTransposed>(from, lda, b, ldb, vectors, depth, c + r * ldc, ldc);
+    } else {
+      row_product<kRows / 2, kTransposed>(from, lda, b, ldb, vectors, depth, c + r * ldc, ldc);
+    }
+  }
+}
+
+// Softmax over the rows of s [rows, columns], whose values are in units of log 2.
+inline void softmax_columns(float* s, int rows, int columns) {
+  for (int at = 0; at < columns; at += kLanes) {
+    Vec top = load(s + at);
+    for (int j = 1; j < rows; ++j) top = max(top, load(s + j * columns + at));
+    Vec total(0.f);
+    for (int j = 0; j < rows; ++j) {
+      float* const row = s + j * columns + at;
+      const Vec p = exp2_nonpositive(load(row) - top);
+      total += p;
+      store(row, p);
+    }
+    const Vec inverse = Vec(1.f) / total;
+    for (int j = 0; j < rows; ++j) {
+      float* const row = s + j * columns + at;
+      store(row, load(row) * inverse);
+    }
+  }
+}
+
+// The sizes of a unit and where its tiles lie in the scratch, in floats.
+struct Plan {
+  explicit Plan(const TemporalAttentionParams& p) {
+    const int lanes = kLanes;
+    // Groups of heads whose channels fill whole vectors, as long as they stay in the L1 cache.
+    const int whole = lanes / std::gcd(lanes, p.head_dim);
+    constexpr int64_t kCacheFloats = 4096;
+    constexpr int64_t kMostFloats = 65536;
+    const int64_t head_floats = int64_t{2} * (p.frames + p.key_frames) * p.head_dim;
+    if (whole <= p.heads && whole * head_floats <= kMostFloats) heads = whole;
+    while (heads + whole <= p.heads && (heads + whole) * head_floats <= kCacheFloats) {
+      heads += whole;
+    }
+    groups = (p.heads + heads - 1) / heads;
+    query_columns = round_up(p.frames, lanes);
+    // Loads and stores of a head's last vector run past its channels, by less than a vector.
+    row = round_up(static_cast<int>(heads) * p.head_dim + lanes, lanes);
+    const int query_rows = round_up(p.frames, kRows);
+    const int key_rows = round_up(p.key_frames, kRows);
+    q = 0;
+    k = q + row * query_columns;
+    v = k + key_rows * row;
+    s = v + key_rows * row;
+    out = s + key_rows * query_columns;
+    floats = out + query_rows * row;
+  }
+  int64_t heads = 1;   // of a group
+  int64_t groups = 1;  // per pixel
+  int query_columns;   // T in whole vectors
+  int row;             // floats between the rows of k, v and out
+  int64_t q, k, v, s, out;
+  int64_t floats;
+};
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+
+using Scratch = std::unique_ptr<float[], Free>;
+
+Scratch make_scratch(int64_t floats) {
+  const size_t bytes = static_cast<size_t>((floats + 15) / 16 * 16) * sizeof(float);
+  void* memory = std::aligned_alloc(64, bytes);
+  ACCELRT_CHECK(memory != nullptr, "temporal_attention: no memory for ", bytes, " bytes");
+  std::memset(memory, 0, bytes);  // the padding of the tiles must hold numbers
+  return Scratch(static_cast<float*>(memory));
+}
+
+// to[rows, width] = from, as floats.
+template <typename T>
+void load_tile(const T* from, int64_t stride, int rows, int width, float* to, int64_t row) {
+  for (int t = 0; t < rows; ++t) {
+    const T* source = from + t * stride;
+    float* target = to + t * row;
+    for_lanes(width, [&](int64_t i, int n) { store(target + i, load_any(source + i, n)); });
+  }
+}
+
+// to[width, columns] = factor * from^T; columns past `rows` are zero.
+template <typename T>
+void load_transposed(const T* from, int64_t stride, int rows, int width, float factor, float* to,
+                     int64_t columns) {
+  for (int t = 0; t < columns; t += kLanes) {
+    const int count = std::min(rows - t, kLanes);
+    for_lanes(width, [&](int64_t c, int n) {
+      VFloat x[kLanes];
+      if (count == kLanes && n == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) x[i] = load(from + (t + i) * stride + c).v * factor;
+      } else {
+        for (int i = 0; i < kLanes; ++i) {
+          x[i] = i < count ? load_any(from + (t + i) * stride + c, n).v * factor : VFloat{};
+        }
+      }
+      transpose(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(to + (c + i) * columns + t, x[i]);
+    });
+  }
+}
+
+template <typename T>
+void unit(const TemporalAttentionParams& p, const Plan& plan, int64_t index, float* scratch) {
+  const int64_t group = index % plan.groups;
+  const int64_t pixel = index / plan.groups % p.pixels;
+  const int64_t batch = index / plan.groups / p.pixels;
+  const int64_t first = group * plan.heads;
+  const int heads = static_cast<int>(std::min(plan.heads, p.heads - first));
+  const int width = heads * p.head_dim;
+  auto offset = [&](const FrameStrides& stride) {
+    return batch * stride.batch + pixel * stride.pixel + first * p.head_dim;
+  };
+  float* const q = scratch + plan.q;
+  float* const k = scratch + plan.k;
+  float* const v = scratch + plan.v;
+  float* const s = scratch + plan.s;
+  float* const out = scratch + plan.out;
+  constexpr float kLog2E = 1.44269504088896341f;
+  load_transposed(static_cast<const T*>(p.q) + offset(p.q_stride), p.q_stride.frame, p.frames,
+                  width, p.scale * kLog2E, q, plan.query_columns);
+  load_tile(static_cast<const T*>(p.k) + offset(p.k_stride), p.k_stride.frame, p.key_frames, width,
+            k, plan.row);
+  load_tile(static_cast<const T*>(p.v) + offset(p.v_stride), p.v_stride.frame, p.key_frames, width,
+            v, plan.row);
+  const int head_vectors = (p.head_dim + kLanes - 1) / kLanes;
+  for (int h = 0; h < heads; ++h) {
+    const int at = h * p.head_dim;
+    product<false>(k + at, plan.row, p.key_frames,
+                   q + static_cast<int64_t>(at) * plan.query_columns, plan.query_columns,
+                   plan.query_columns / kLanes, p.head_dim, s, plan.query_columns);
+    softmax_columns(s, p.key_frames, plan.query_columns);
+    // What a head's last vector writes past its channels, the next head overwrites.
+    product<true>(s, plan.query_columns, p.frames, v + at, plan.row, head_vectors, p.key_frames,
+                  out + at, plan.row);
+  }
+  T* const target = static_cast<T*>(p.out) + offset(p.out_stride);
+  for (int t = 0; t < p.frames; ++t) {
+    for_lanes(width, [&](int64_t i, int n) {
+      store_any(target + t * p.out_stride.frame + i, n, load(out + t * plan.row + i));
+    });
+  }
+}
+
+template <typename T>
+void run(const TemporalAttentionParams& p) {
+  const Plan plan(p);
+  const int64_t units = p.batch * p.pixels * plan.groups;
+  const int64_t unit_flops = 4 * plan.heads * p.head_dim * p.frames * p.key_frames;
+  constexpr int64_t kGrainFlops = 1 << 20;
+  parallel_for(0, units, kGrainFlops / unit_flops, [&](int64_t begin, int64_t end) {
+    const Scratch scratch = make_scratch(plan.floats);
+    for (int64_t i = begin; i < end; ++i) unit<T>(p, plan, i, scratch.get());
+  });
+}
+
+}  // namespace
+
+void temporal_attention_cpu(const TemporalAttentionParams& p) {
+  dispatch_dtype("temporal_attention", p.dtype,
+                 [&](auto tag) { run<typename decltype(tag)::type>(p); });
+}
+
+}  // namespace ACCELRT_ISA
+}  // namespace accelrt
