@@ -6,13 +6,14 @@
 #   make lint    ruff, mypy, clang-format
 #
 # Variables: PYTHON, VENV, TORCH (the torch requirement), ACCELRT_CUDA (auto, 0, 1),
-# ACCELRT_CUDA_ARCHS, ARGS (passed on to pytest, or to `accelrt demo`).
+# ACCELRT_CUDA_ARCHS, WORKERS (test processes), ARGS (passed on to pytest, or to `accelrt demo`).
 
 PYTHON ?= python3
 VENV ?= .venv
 # A CPU build; e.g. TORCH=torch>=2.11 on a GPU machine.
 TORCH ?= torch==2.13.0
 ARGS ?=
+WORKERS ?= 2
 
 export ACCELRT_CUDA ?= auto
 export ACCELRT_BUILD_DIR ?= $(CURDIR)/build/py-cuda-$(ACCELRT_CUDA)
@@ -52,7 +53,7 @@ demo: setup
 	$(BIN)/accelrt demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks $(ARGS)

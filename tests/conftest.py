@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+# Waiting threads give their core away: several test processes share two cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from accelrt import _C
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
+
+from accelrt import _C  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -29,13 +33,13 @@ def sim_dir() -> Path:
         "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
         "-DACCELRT_SIM=ON", "-DACCELRT_CUDA=0", "-DCMAKE_BUILD_TYPE=Debug",
     ]  # fmt: skip
-    for command in (
-        configure,
-        ["cmake", "--build", str(build), "--target", "accelrt_sim_asan", "accelrt_sim_tsan",
-         "accelrt_sim_no_barrier"],
-    ):  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    targets = ["accelrt_sim_asan", "accelrt_sim_tsan", "accelrt_sim_no_barrier"]
+    compile_all = ["cmake", "--build", str(build), "-j", "2", "--target", *targets]
+    build.mkdir(parents=True, exist_ok=True)
+    with FileLock(build / ".lock"):  # several test processes may want it at once
+        for command in (configure, compile_all):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return build
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     AnimateDiffPipeline,
@@ -19,6 +21,15 @@ from diffusers import (
 from torch import Tensor, nn
 
 CONTEXT_WIDTH = 24
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small only lose time in thread barriers; import it to use it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import model_zoo as zoo
 import pytest
 import torch
+from model_zoo import one_thread  # noqa: F401
 
 import accelrt
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import model_zoo as zoo
 import pytest
 import torch
+from model_zoo import one_thread  # noqa: F401
 
 import accelrt
 from accelrt import ops

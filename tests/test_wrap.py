@@ -13,6 +13,7 @@ from typing import Any
 import model_zoo as zoo
 import pytest
 import torch
+from model_zoo import one_thread  # noqa: F401
 from torch import nn
 
 import accelrt

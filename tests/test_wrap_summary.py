@@ -8,6 +8,7 @@ import model_zoo as zoo
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNetMotionModel
+from model_zoo import one_thread  # noqa: F401
 
 import accelrt
 from accelrt.models import execute

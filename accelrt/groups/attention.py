@@ -99,7 +99,7 @@ class CrossAttention:
         if first == last or images == (last + 1 - first) * self.frames:
             # The frames of a sample are one long query.
             samples = last + 1 - first
-            y = attend(attn, q.view(samples, -1, width), k, v)
+            y = attend(attn, q.reshape(samples, -1, width), k, v)
             return y.view(images, length, -1)
         sample = torch.arange(start, stop, device=x.device) // self.frames - first
         return attend(attn, q, k[sample], v[sample])
@@ -115,7 +115,7 @@ def temporal_self_attention(attn: Any, x: Tensor, frames: int) -> Tensor:
     """
     pixels, width = x.shape[1], attn.inner_dim
     projections = (attn.to_q, attn.to_k, attn.to_v)
-    q, k, v = (projection(x).view(-1, frames, pixels, width) for projection in projections)
+    q, k, v = (projection(x).reshape(-1, frames, pixels, width) for projection in projections)
     scale = attn.scale if type(attn.processor) is AttnProcessor else None
     if frames <= MAX_FRAMES and width // attn.heads <= MAX_HEAD_DIM:
         out = q if is_plain_linear(attn.to_q) else None

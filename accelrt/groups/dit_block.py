@@ -15,7 +15,7 @@ from .base import Group
 from .feed_forward import FeedForwardRunner, activation_remark, feed_forward_reason
 from .recognise import is_plain, is_plain_linear, plain_norm
 from .slicing import slice_length
-from .state import State
+from .state import State, with_rows
 
 
 class AdaLNBlockGroup(Group):
@@ -86,7 +86,9 @@ class AdaLNBlockGroup(Group):
         if modulation.dtype != stream.dtype or modulation.shape[0] != stream.shape[0]:
             # One timestep for all samples broadcasts in the stock block.
             modulation = modulation.to(stream.dtype).expand(stream.shape[0], -1)
-        if not (self.config.inplace and state.writable(stream)):
+        if not stream.is_contiguous():  # the patch embedding leaves channels outermost
+            stream = stream.contiguous()
+        elif not (self.config.inplace and state.writable(stream)):
             stream = stream.clone()
 
         batch, length, width = stream.shape
@@ -116,6 +118,7 @@ class AdaLNBlockGroup(Group):
         del normed
         if fuse and plain_norm(norm3, nn.LayerNorm, stream.dtype) and y.dtype == stream.dtype:
             overwrite = known and is_plain_linear(block.attn1.to_out[0])
+            y = with_rows(y)
             normed, _ = ops.gate_residual_layer_norm_modulate(
                 y, stream, gate1, norm3.weight, norm3.bias, scale=scale2, shift=shift2,
                 eps=norm3.eps, out=y if overwrite else None, residual_out=stream,

@@ -157,6 +157,6 @@ def _by_pixel(module: Any, x: Tensor, frames: int) -> Tensor:
         frames: ``T``.
     """
     _, pixels, width = x.shape
-    moved = x.view(-1, frames, pixels, width).transpose(1, 2)  # [B, P, T, D]
+    moved = x.reshape(-1, frames, pixels, width).transpose(1, 2)  # [B, P, T, D]
     y: Tensor = module(moved.flatten(0, 1))
-    return y.view(-1, pixels, frames, width).transpose(1, 2).flatten(0, 1)
+    return y.reshape(-1, pixels, frames, width).transpose(1, 2).flatten(0, 1)

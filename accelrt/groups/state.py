@@ -109,6 +109,11 @@ def tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def with_rows(x: Tensor) -> Tensor:
+    """``x`` with a last stride of one, as the row operators need it; a copy only if not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def empty_images(like: Tensor, images: int, channels: int, height: int, width: int) -> Tensor:
     """An uninitialised channels-last ``[N, C, H, W]``."""
     return torch.empty(

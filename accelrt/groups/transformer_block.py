@@ -15,6 +15,7 @@ from accelrt.config import Config
 from .attention import attention_reason
 from .feed_forward import FeedForwardRunner, activation_remark, feed_forward_reason
 from .recognise import is_plain, is_plain_linear, plain_norm
+from .state import with_rows
 
 
 def block_reason(module: nn.Module) -> str:
@@ -104,6 +105,7 @@ class BlockRunner:
         """``stream += y``; returns the norm ``name`` of it."""
         norm: Any = getattr(self.block, name)
         if self.fused[name] and y.dtype == stream.dtype:
+            y = with_rows(y)
             normed, _ = ops.gate_residual_layer_norm_modulate(
                 y, stream, None, norm.weight, norm.bias, shift=shift, eps=norm.eps,
                 out=y if overwrite else None, residual_out=stream,

@@ -17,6 +17,7 @@ from accelrt.groups import Group, State
 from accelrt.groups.base import StockGroup
 from accelrt.groups.dit_block import AdaLNBlockGroup
 from accelrt.groups.recognise import plain_norm
+from accelrt.groups.state import with_rows
 
 from .family import Family, register
 from .stages import Stage
@@ -66,8 +67,8 @@ class DiTOutGroup(Group):
         if fused and modulation.dtype == x.dtype:
             overwrite = self.config.inplace and state.writable(x)
             y = ops.layer_norm_modulate(
-                x, norm.weight, norm.bias, scale=scale, shift=shift, eps=norm.eps,
-                out=x if overwrite else None,
+                with_rows(x), norm.weight, norm.bias, scale=scale, shift=shift, eps=norm.eps,
+                out=x if overwrite and x.stride(-1) == 1 else None,
             )  # fmt: skip
         else:
             y = norm(x) * (1 + scale[:, None]) + shift[:, None]
