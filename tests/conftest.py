@@ -10,11 +10,11 @@ from pathlib import Path
 # Waiting threads give their core away: several test processes share two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from filelock import FileLock  # noqa: E402
+import pytest
+import torch
+from filelock import FileLock
 
-from accelrt import _C  # noqa: E402
+from accelrt import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))

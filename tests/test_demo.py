@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import accelrt
 from accelrt.cli import app, scenarios
+from accelrt.cli.threads import fastest_threads
 from accelrt.quality import compare
 from accelrt.reporting.environment import inspect_environment
 from accelrt.reporting.media import panels, write_pictures
@@ -163,6 +164,19 @@ def test_demo_table_and_negative_finding(
     assert "NOT RESTORED" in check_page(out / "report.html", 1)
     for column in ("seconds", "ratio", "peak memory", "rel. L2", "PSNR"):
         assert column in result.stdout
+
+
+def test_threads_are_chosen_by_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = zoo.dit_pipeline()
+    call = {"class_labels": [1], "num_inference_steps": 9}
+    assert fastest_threads(pipe, call) == {}  # one thread: nothing to choose
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    measured = fastest_threads(pipe, call)
+    assert sorted(measured) == [1, 2]
+    assert chosen[:3] == [1, 1, 2]
+    assert measured[chosen[-1]] == min(measured.values())
 
 
 def test_cell_texts(video: Any) -> None:

@@ -72,7 +72,7 @@ def stock(x, groups, weight=None, bias=None, *, x2=None, add=None, scale=None, s
 
 
 def assert_stats_close(stats, truth, tolerance=2e-6):
-    """Counts equal, the mean within `tolerance` of the deviation and of its own size, M2 relative."""
+    """Counts equal; mean and M2 within `tolerance` of the deviation and of M2, plus a rounding."""
     stats = stats.double().cpu()
     assert torch.equal(stats[..., 0], truth[..., 0])
     deviation = (truth[..., 2] / truth[..., 0]).sqrt()
@@ -244,6 +244,17 @@ def test_out_of_a_view_leaves_the_rest_alone():
     assert bool((board[..., :3] == 7).all() and (board[..., 23:] == 7).all())
 
 
+@all_layouts
+@all_dtypes
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_spoils_its_group_only(layout, dtype, value):
+    x = image((2, 32, 5, 7), dtype, layout)
+    for pixel in (0, 4):
+        poisoned = x.clone(memory_format=torch.preserve_format)
+        poisoned[1, 9, pixel, 3] = value
+        assert torch.equal(both(poisoned, 4).isnan(), F.group_norm(poisoned, 4).isnan())
+
+
 def test_large_enough_for_several_chunks():
     for layout in (PLANAR, CHANNELS_LAST):
         x = image((3, 64, 111, 95), torch.bfloat16, layout, mean=30)
@@ -304,19 +315,15 @@ def test_opcheck(dtype):
     weight, bias = vectors(16, dtype)
     stats = torch.zeros(2, 4, 3)
     check = torch.library.opcheck
-    check(torch.ops.accelrt.group_norm_stats.default, (x, x2, add, 4, 2, False, stats))
+    check_stats = torch.ops.accelrt.group_norm_stats.default
+    check_apply = torch.ops.accelrt.group_norm_apply.default
+    check(check_stats, (x, x2, add, 4, 2, False, stats))
+    check(check_stats, (x, None, None, 3, 1, True, torch.ones(4, 3, 3)))
     stats = ops.group_norm_stats(x, 4, x2=x2, add=add, frames=2)
-    check(
-        torch.ops.accelrt.group_norm_stats.default, (x, None, None, 3, 1, True, torch.ones(4, 3, 3))
-    )
-    check(
-        torch.ops.accelrt.group_norm_apply.default,
-        (x, x2, add, stats, weight, bias, add, add, 4, 2, 1e-5, True, torch.empty(4, 16, 3, 5, dtype=dtype)),
-    )  # fmt: skip
-    check(
-        torch.ops.accelrt.group_norm_apply.default,
-        (x, None, None, torch.ones(4, 2, 3), None, None, None, None, 2, 1, 1e-5, False, torch.empty_like(x)),
-    )  # fmt: skip
+    out = torch.empty(4, 16, 3, 5, dtype=dtype)
+    check(check_apply, (x, x2, add, stats, weight, bias, add, add, 4, 2, 1e-5, True, out))
+    bare = (torch.ones(4, 2, 3), None, None, None, None, 2, 1, 1e-5, False, torch.empty_like(x))
+    check(check_apply, (x, None, None, *bare))
 
 
 def test_compiles():
@@ -361,6 +368,8 @@ def simulated_cases(dtype):
     # Planar; rows with gaps.
     yield image((2, 48, 4, 8), dtype), {"weight": weight, "bias": bias}
     yield image((1, 48, 3, 11), dtype)[..., 2:9], {"silu": True}
+    # Every pixel the same memory.
+    yield image((2, 48, 1, 1), dtype, CHANNELS_LAST).expand(2, 48, 5, 7), {"silu": True}
     # Mixed layouts, odd channels.
     yield image((1, 13, 3, 3), dtype), {"x2": image((1, 35, 3, 3), dtype, CHANNELS_LAST)}
 

@@ -61,6 +61,10 @@ def demo(
         Device, typer.Option(help="auto: a GPU that this build has code for, else the CPU.")
     ] = Device.auto,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each side.")] = 3,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads; default: one or torch's number, as is faster."),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Settings of the wrap: YAML or JSON.")
     ] = None,
@@ -76,6 +80,8 @@ def demo(
 
     By default the two reference models: videos with AnimateDiff and images with DiT.
     """
+    import torch
+
     from accelrt.config import Config
     from accelrt.reporting.environment import inspect_environment
     from accelrt.reporting.page import write_page
@@ -86,6 +92,8 @@ def demo(
     environment = inspect_environment()
     if not environment.build["loaded"]:
         raise ImportError(environment.statements[0])
+    if threads is not None:
+        torch.set_num_threads(threads)
     loaders = _loaders(model, dtype.value, device.value, steps, prompt, frames)
     with Progress(
         TextColumn("{task.fields[model]}"),
@@ -96,8 +104,14 @@ def demo(
         console=Console(stderr=True),
         refresh_per_second=4,
     ) as progress:
-        exhibits = [_run(load, out, seed, repeats, settings, progress) for load in loaders]
-    command = _command(model, out, seed, steps, dtype, device, repeats, config, prompt, frames)
+        choose = threads is None and model is None
+        exhibits = [
+            _run(load, out, seed, repeats, settings, progress, choose_threads=choose and i == 0)
+            for i, load in enumerate(loaders)
+        ]
+    command = _command(
+        model, out, seed, steps, dtype, device, repeats, threads, config, prompt, frames
+    )  # fmt: skip
     page = out / "report.html"
     write_page(page, exhibits, environment, command)
     if as_json:
@@ -132,8 +146,11 @@ def _run(
     repeats: int,
     config: Config,
     progress: Progress,
+    *,
+    choose_threads: bool,
 ) -> Exhibit:
     """Load, compare, write the pictures."""
+    from accelrt.cli.threads import fastest_threads
     from accelrt.quality.compare import compare, steps_per_comparison
     from accelrt.reporting.media import write_pictures
     from accelrt.reporting.tables import Exhibit
@@ -141,6 +158,9 @@ def _run(
     task = progress.add_task("loading", total=None, model="")
     scenario = load()
     out.mkdir(parents=True, exist_ok=True)
+    if choose_threads and scenario.pipe.device.type == "cpu":
+        progress.update(task, description="choosing the number of threads")
+        fastest_threads(scenario.pipe, scenario.call)
     total = steps_per_comparison(scenario.pipe, scenario.call, repeats)
     progress.update(task, total=total, model=scenario.title)
     running, before, last = "", 0, 0
@@ -170,9 +190,9 @@ def _show(exhibits: Sequence[Exhibit], page: Path, console: Console) -> None:
     """The table, and what was written."""
     from accelrt.reporting.tables import COLUMNS, groups_text, restored_text, table_rows
 
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if i < 2 else "right")
+        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=i > 0)
     for exhibit in exhibits:
         stock, ours = table_rows(exhibit)
         table.add_row(*stock)
@@ -213,6 +233,7 @@ def _command(
     dtype: Dtype,
     device: Device,
     repeats: int,
+    threads: int | None,
     config: Path | None,
     prompt: str | None,
     frames: int | None,
@@ -223,7 +244,12 @@ def _command(
         words += ["--model", model]
     words += ["--out", str(out), "--seed", str(seed), "--steps", str(steps)]
     words += ["--dtype", dtype.value, "--device", device.value, "--repeats", str(repeats)]
-    for option, value in (("--config", config), ("--prompt", prompt), ("--frames", frames)):
+    for option, value in (
+        ("--threads", threads),
+        ("--config", config),
+        ("--prompt", prompt),
+        ("--frames", frames),
+    ):
         if value is not None:
             words += [option, str(value)]
     return shlex.join(words)

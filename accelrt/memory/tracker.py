@@ -34,7 +34,7 @@ class PeakTracker(TorchDispatchMode):
     """
 
     def __init__(self, *, record: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
         self.existing_bytes = 0
@@ -116,7 +116,7 @@ class PeakTracker(TorchDispatchMode):
         return result
 
     def __enter__(self) -> PeakTracker:
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
@@ -125,7 +125,7 @@ class PeakTracker(TorchDispatchMode):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         # Storages outlive the context; their size must not change the result any more.
         self._references.clear()
 

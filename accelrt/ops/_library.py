@@ -75,4 +75,6 @@ def explain(error: RuntimeError, check: Callable[..., object], *args: Any) -> No
 
 def register_fake(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register the shape function of ``accelrt::name`` (it writes to ``out``: no result)."""
-    return torch.library.register_fake(f"accelrt::{name}")
+    decorator: Callable[[Callable[..., None]], Callable[..., None]]
+    decorator = torch.library.register_fake(f"accelrt::{name}")
+    return decorator

@@ -59,7 +59,7 @@ class Comparison:
     Args:
         pipeline: class name of the pipeline.
         call: keywords of the call.
-        seed, dtype, device: of the runs.
+        seed, dtype, device, threads: of the runs.
         stock, accelrt: both sides, from the same seed.
         video: whether the pictures are frames of videos.
         weight_bytes: bytes of all weights; the same on both sides.
@@ -77,6 +77,7 @@ class Comparison:
     seed: int
     dtype: str
     device: str
+    threads: int
     stock: Side
     accelrt: Side
     video: bool
@@ -117,6 +118,7 @@ class Comparison:
             "seed": self.seed,
             "dtype": self.dtype,
             "device": self.device,
+            "threads": self.threads,
             "stock": side(self.stock),
             "accelrt": side(self.accelrt),
             "speedup": self.speedup,
@@ -223,6 +225,7 @@ def compare(
         seed=seed,
         dtype=str(pipe.dtype).removeprefix("torch."),
         device=str(runner.device),
+        threads=torch.get_num_threads(),
         stock=stock,
         accelrt=ours,
         video=sides["stock"].video,

@@ -24,7 +24,7 @@ def temporal_attention(
     scale = head_dim**-0.5 if scale is None else scale
 
     def heads(t: Tensor) -> Tensor:  # [B, T, P, H*D] -> [B, P, H, T, D]
-        return t.to(acc).unflatten(-1, (num_heads, head_dim)).permute(0, 2, 3, 1, 4)
+        return t.to(acc).reshape(*t.shape[:3], num_heads, head_dim).permute(0, 2, 3, 1, 4)
 
     weights = torch.softmax(heads(q) @ heads(k).transpose(-1, -2) * scale, dim=-1)
     result = (weights @ heads(v)).permute(0, 3, 1, 2, 4).reshape(batch, frames, pixels, channels)

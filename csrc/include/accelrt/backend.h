@@ -8,6 +8,7 @@
 #define ACCELRT_CALL_CUDA(launcher, params, stream) launcher(params, stream)
 #else
 #define ACCELRT_CALL_CUDA(launcher, params, stream) \
+  (void)(stream);                                   \
   ACCELRT_CHECK(false, #launcher ": this build has no CUDA kernels")
 #endif
 

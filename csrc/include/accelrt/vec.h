@@ -111,9 +111,17 @@ inline Vec load(const float* p) {
 }
 
 inline Vec load(const bfloat16* p) {
+#if defined(__AVX512F__)
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (VFloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+#elif defined(__AVX2__)
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (VFloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
+#else
   VHalfBits h;
   std::memcpy(&h, p, sizeof(h));
   return reinterpret_cast<VFloat>(__builtin_convertvector(h, VUInt) << 16);
+#endif
 }
 
 inline Vec load(const float16* p) {

@@ -30,7 +30,7 @@ struct Welford {
     w.count = n;
     w.mean = pivot + offset;
     const float m2 = s2 - s1 * offset;
-    w.m2 = m2 > 0.f ? m2 : 0.f;
+    w.m2 = m2 < 0.f ? 0.f : m2;  // NaN stays
     return w;
   }
 };

@@ -66,9 +66,9 @@ template <int kRows, typename T>
   store(s2, load(s2) + b);
 }
 
-// kRows pixels of all channels of one part. `ahead` is kRows pixels that come later: they are
-// touched in the order of memory, since reading several rows in turn, as this does, defeats the
-// hardware's prefetching.
+// kRows pixels of all channels of one part, at least `channels` apart if there are several.
+// `ahead` is kRows pixels that come later (or these): they are touched in the order of memory,
+// since reading several rows in turn, as this does, defeats the hardware's prefetching.
 template <int kRows, typename T>
 inline void add_pixels(const T* x, int64_t stride, int64_t channels, const float* pivot, float* s1,
                        float* s2, const T* ahead) {
@@ -101,9 +101,10 @@ void add_run(const T* x, int64_t stride, int64_t n, int64_t channels, const floa
 }
 
 constexpr int kRows = 8;
-// Two times kRows pixels, and the sums, stay in the first-level cache; wider pixels are taken
-// fewer at a time.
+// Wider pixels are taken fewer at a time, so that what was touched is still in the first-level
+// cache when its turn comes. An input that fits the second-level cache needs no such care.
 constexpr int64_t kBlockBytes = 5120;
+constexpr int64_t kCacheBytes = 1 << 20;
 
 // Of fn(0), ..., fn(n - 1), in independent chains.
 template <typename Fn>
@@ -141,7 +142,7 @@ class ChannelsLastItem {
             const Vec sum = load(s1 + slot);
             const Vec offset = sum * Vec(inverse);
             store_any(mean + part.first + c, lanes, load(pivot + slot) + offset);
-            store_any(m2 + part.first + c, lanes, max(load(s2 + slot) - sum * offset, Vec(0.f)));
+            store_any(m2 + part.first + c, lanes, max(Vec(0.f), load(s2 + slot) - sum * offset));
           });
     }
     if (s.add != nullptr) {
@@ -176,8 +177,13 @@ class ChannelsLastItem {
                               store(pivot + slot, sum * share);
                             });
       }
-      const int64_t rows = kBlockBytes / (part.channels * static_cast<int64_t>(sizeof(T)));
-      if (rows >= kRows) {
+      constexpr int64_t kBytes = sizeof(T);
+      const bool cached = s.images * s.pixels() * s.channels * kBytes <= kCacheBytes;
+      const int64_t rows = kBlockBytes / (part.channels * kBytes);
+      if (stride.w < part.channels) {
+        // Pixels that overlap (an expanded view): the memory after them is not theirs to touch.
+        add_run<1>(p, stride.w, n, part.channels, pivot, s1, s2);
+      } else if (cached || rows >= kRows) {
         add_run<kRows>(p, stride.w, n, part.channels, pivot, s1, s2);
       } else if (rows >= 4) {
         add_run<4>(p, stride.w, n, part.channels, pivot, s1, s2);
