@@ -111,6 +111,7 @@ inline Vec load(const float* p) {
 }
 
 inline Vec load(const bfloat16* p) {
+  // g++ 12 makes five instructions of the compiler vector's conversion.
 #if defined(__AVX512F__)
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return (VFloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
@@ -138,12 +139,14 @@ inline Vec load(const float16* p) {
 
 inline void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof(a.v)); }
 
-// The bits of the nearest bfloat16 in the low half of each lane.
-inline VUInt bfloat16_bits(Vec a) {
+// The bits of the nearest bfloat16 in the high half of each lane, anything in the low half.
+inline VUInt bfloat16_high_bits(Vec a) {
   const VUInt u = reinterpret_cast<VUInt>(a.v);
   const VUInt rounded = u + 0x7fffu + ((u >> 16) & 1u);
-  return (a.v != a.v ? u | 0x400000u : rounded) >> 16;
+  return a.v != a.v ? u | 0x400000u : rounded;
 }
+
+inline VUInt bfloat16_bits(Vec a) { return bfloat16_high_bits(a) >> 16; }
 
 inline void store(bfloat16* p, Vec a) {
   const VUInt bits = bfloat16_bits(a);
@@ -169,6 +172,33 @@ inline void store(float16* p, Vec a) {
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = from_float<float16>(a.v[i]);
 #endif
+}
+
+// 2 kLanes elements at p in two vectors, in an order of the element type's own: even and odd
+// elements for bfloat16, which saves the widening and narrowing moves. For elementwise work,
+// with all operands loaded and stored this way.
+template <typename T>
+inline void load_pair(const T* p, Vec& a, Vec& b) {
+  a = load(p);
+  b = load(p + kLanes);
+}
+
+inline void load_pair(const bfloat16* p, Vec& a, Vec& b) {
+  VUInt u;
+  std::memcpy(&u, p, sizeof(u));
+  a = reinterpret_cast<VFloat>(u << 16);
+  b = reinterpret_cast<VFloat>(u & 0xffff0000u);
+}
+
+template <typename T>
+inline void store_pair(T* p, Vec a, Vec b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
+
+inline void store_pair(bfloat16* p, Vec a, Vec b) {
+  const VUInt u = bfloat16_bits(a) | (bfloat16_high_bits(b) & 0xffff0000u);
+  std::memcpy(p, &u, sizeof(u));
 }
 
 // The first n < kLanes elements; the other lanes read as `fill` and are not written.
@@ -224,6 +254,15 @@ inline void for_lanes(int64_t n, const Fn& fn) {
   if (i < n) fn(i, static_cast<int>(n - i));
 }
 
+// Applies pair(index) to every 2 kLanes of [0, n), then single(index, lanes) to the rest.
+template <typename Pair, typename Single>
+inline void for_pairs(int64_t n, const Pair& pair, const Single& single) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) pair(i);
+  for (; i + kLanes <= n; i += kLanes) single(i, kLanes);
+  if (i < n) single(i, static_cast<int>(n - i));
+}
+
 template <typename T>
 inline Vec load_any(const T* p, int n, float fill = 0.f) {
   return n == kLanes ? load(p) : load_n(p, n, fill);
@@ -255,8 +294,8 @@ inline Vec exp_reduced(Vec t, Vec r) {
   p = fma(p, r, Vec(4.9999148e-1f));
   p = fma(p, r, Vec(9.999997e-1f));
   p = fma(p, r, Vec(1.f));
-  return reinterpret_cast<VFloat>(reinterpret_cast<VInt>(p.v) +
-                                  (reinterpret_cast<VInt>(t.v) << 23));
+  return reinterpret_cast<VFloat>(reinterpret_cast<VUInt>(p.v) +
+                                  (reinterpret_cast<VUInt>(t.v) << 23));
 }
 
 // e^x for x clamped to [kExpMin, kExpMax]; a NaN gives any value.
@@ -333,6 +372,78 @@ inline Vec gelu_tanh(Vec x) {
   const Vec square = x * x;
   const Vec twice_u = x * fma(square, Vec(0.0713548162726f), Vec(1.5957691216057f));
   return x / one_plus_exp_minus(twice_u);
+}
+
+// The same functions for results that are rounded to T. For bfloat16 a relative error of 2e-4 is
+// allowed, a twentieth of what the rounding adds at most: shorter polynomials and, where there
+// is one, an approximate reciprocal.
+inline Vec coarse_reciprocal(Vec a) {
+#if defined(__AVX512F__)
+  return (VFloat)_mm512_rcp14_ps((__m512)a.v);
+#else
+  return Vec(1.f) / a;
+#endif
+}
+
+// 2^(k + f) for |f| <= 1/2, where t = k + kRoundMagic and k is in [-126, 126].
+inline Vec coarse_exp2(Vec t, Vec f) {
+  Vec p = fma(f, Vec(9.58285e-3f), Vec(5.590643e-2f));
+  p = fma(p, f, Vec(2.4024099e-1f));
+  p = fma(p, f, Vec(6.9312418e-1f));
+  p = fma(p, f, Vec(1.f));
+  return reinterpret_cast<VFloat>(reinterpret_cast<VUInt>(p.v) +
+                                  (reinterpret_cast<VUInt>(t.v) << 23));
+}
+
+template <typename T>
+inline Vec silu_to(Vec x) {
+  return silu(x);
+}
+
+template <>
+inline Vec silu_to<bfloat16>(Vec x) {
+  constexpr float kEnd = 87.f;  // of the exponential; what is beyond is below 1e-35
+  const Vec from = max(Vec(-kEnd), x);
+  const Vec c = min(Vec(kEnd), from);
+  const Vec t = fma(c, Vec(-kLog2E), Vec(kRoundMagic));
+  const Vec f = fma(c, Vec(-kLog2E), Vec(kRoundMagic) - t);
+  return from * coarse_reciprocal(Vec(1.f) + coarse_exp2(t, f));
+}
+
+template <typename T>
+inline Vec gelu_tanh_to(Vec x) {
+  return gelu_tanh(x);
+}
+
+template <>
+inline Vec gelu_tanh_to<bfloat16>(Vec x) {
+  constexpr float kEnd = 10.f;  // there the exponent is -+126
+  const Vec from = max(Vec(-kEnd), x);
+  const Vec c = min(Vec(kEnd), from);
+  const Vec y = fma(c * c, Vec(-0.0713548162726f * kLog2E), Vec(-1.5957691216057f * kLog2E));
+  const Vec t = fma(c, y, Vec(kRoundMagic));
+  const Vec f = fma(c, y, Vec(kRoundMagic) - t);
+  return from * coarse_reciprocal(Vec(1.f) + coarse_exp2(t, f));
+}
+
+template <typename T>
+inline Vec gelu_to(Vec x) {
+  return gelu(x);
+}
+
+template <>
+inline Vec gelu_to<bfloat16>(Vec x) {
+  constexpr float kEnd = 12.9f;  // the tail is below 3e-38 from here on
+  const Vec a = min(Vec(kEnd), abs(x));
+  const Vec t = coarse_reciprocal(fma(a, Vec(0.37f), Vec(1.f)));
+  Vec q = fma(t, Vec(-0.09039003402f), Vec(0.210021078587f));
+  q = fma(q, t, Vec(0.076067268848f));
+  q = fma(q, t, Vec(0.157399997115f));
+  q = fma(q, t, Vec(0.146917030215f));
+  const Vec square = a * a;
+  const Vec rounded = fma(square, Vec(-0.5f * kLog2E), Vec(kRoundMagic));
+  const Vec f = fma(square, Vec(-0.5f * kLog2E), Vec(kRoundMagic) - rounded);
+  return max(x, Vec(0.f)) - (a * t) * (q * coarse_exp2(rounded, f));
 }
 
 }  // namespace ACCELRT_ISA

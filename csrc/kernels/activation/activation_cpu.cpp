@@ -9,11 +9,35 @@ namespace accelrt {
 namespace ACCELRT_ISA {
 namespace {
 
-template <ActivationKind kKind>
+// For a result that is rounded to T.
+template <typename T, ActivationKind kKind>
 Vec apply(Vec x) {
-  if constexpr (kKind == ActivationKind::kSiLU) return silu(x);
-  if constexpr (kKind == ActivationKind::kGELU) return gelu(x);
-  return gelu_tanh(x);
+  if constexpr (kKind == ActivationKind::kSiLU) return silu_to<T>(x);
+  if constexpr (kKind == ActivationKind::kGELU) return gelu_to<T>(x);
+  return gelu_tanh_to<T>(x);
+}
+
+// n elements with unit strides. No __restrict__: out may be x.
+template <typename T, ActivationKind kKind, bool kBias>
+void contiguous_part(const T* x, const T* bias, T* out, int64_t n) {
+  for_pairs(
+      n,
+      [&](int64_t i) {
+        Vec a, b;
+        load_pair(x + i, a, b);
+        if constexpr (kBias) {
+          Vec c, d;
+          load_pair(bias + i, c, d);
+          a += c;
+          b += d;
+        }
+        store_pair(out + i, apply<T, kKind>(a), apply<T, kKind>(b));
+      },
+      [&](int64_t i, int lanes) {
+        Vec v = load_any(x + i, lanes);
+        if constexpr (kBias) v += load_any(bias + i, lanes);
+        store_any(out + i, lanes, apply<T, kKind>(v));
+      });
 }
 
 // [begin, end) of one row.
@@ -21,18 +45,17 @@ template <typename T, ActivationKind kKind>
 void row_part(const ActivationParams& p, const T* x, T* out, int64_t begin, int64_t end) {
   const T* bias = static_cast<const T*>(p.bias);
   if (p.rows.unit_inner()) {
-    for_lanes(end - begin, [&](int64_t i, int n) {
-      const int64_t at = begin + i;
-      Vec v = load_any(x + at, n);
-      if (bias != nullptr) v += load_any(bias + at, n);
-      store_any(out + at, n, apply<kKind>(v));
-    });
+    if (bias != nullptr) {
+      contiguous_part<T, kKind, true>(x + begin, bias + begin, out + begin, end - begin);
+    } else {
+      contiguous_part<T, kKind, false>(x + begin, nullptr, out + begin, end - begin);
+    }
     return;
   }
   for (int64_t at = begin; at < end; ++at) {
     float v = to_float(x[at * p.rows.inner_stride[0]]);
     if (bias != nullptr) v += to_float(bias[at]);
-    out[at * p.rows.inner_stride[1]] = from_float<T>(apply<kKind>(Vec(v)).v[0]);
+    out[at * p.rows.inner_stride[1]] = from_float<T>(apply<T, kKind>(Vec(v)).v[0]);
   }
 }
 

@@ -9,25 +9,50 @@ namespace accelrt {
 namespace ACCELRT_ISA {
 namespace {
 
-template <ActivationKind kKind>
-Vec gelu_of(Vec x) {
-  if constexpr (kKind == ActivationKind::kGELU) return gelu(x);
-  return gelu_tanh(x);
+// value * gelu(gate), for a result that is rounded to T.
+template <typename T, ActivationKind kKind>
+Vec apply(Vec value, Vec gate) {
+  if constexpr (kKind == ActivationKind::kGELU) return value * gelu_to<T>(gate);
+  return value * gelu_tanh_to<T>(gate);
 }
 
 // n elements of one row, all pointers with unit stride. No __restrict__: out may be the value.
 template <typename T, ActivationKind kKind, bool kBias>
 void contiguous_part(const T* value, const T* gate, const T* value_bias, const T* gate_bias, T* out,
                      int64_t n) {
-  for_lanes(n, [&](int64_t i, int lanes) {
-    Vec v = load_any(value + i, lanes);
-    Vec g = load_any(gate + i, lanes);
-    if constexpr (kBias) {
-      v += load_any(value_bias + i, lanes);
-      g += load_any(gate_bias + i, lanes);
-    }
-    store_any(out + i, lanes, v * gelu_of<kKind>(g));
-  });
+  // The halves of a row are short runs, which the hardware's prefetcher follows late. What lies
+  // behind a half is the other half, or the next row.
+  constexpr int64_t kAhead = 1024 / sizeof(T);
+  for_pairs(
+      n,
+      [&](int64_t i) {
+        for (int64_t line = 0; line < 2 * kLanes; line += 64 / sizeof(T)) {
+          __builtin_prefetch(value + i + line + kAhead);
+          __builtin_prefetch(gate + i + line + kAhead);
+        }
+        Vec v0, v1, g0, g1;
+        load_pair(value + i, v0, v1);
+        load_pair(gate + i, g0, g1);
+        if constexpr (kBias) {
+          Vec a, b;
+          load_pair(value_bias + i, a, b);
+          v0 += a;
+          v1 += b;
+          load_pair(gate_bias + i, a, b);
+          g0 += a;
+          g1 += b;
+        }
+        store_pair(out + i, apply<T, kKind>(v0, g0), apply<T, kKind>(v1, g1));
+      },
+      [&](int64_t i, int lanes) {
+        Vec v = load_any(value + i, lanes);
+        Vec g = load_any(gate + i, lanes);
+        if constexpr (kBias) {
+          v += load_any(value_bias + i, lanes);
+          g += load_any(gate_bias + i, lanes);
+        }
+        store_any(out + i, lanes, apply<T, kKind>(v, g));
+      });
 }
 
 // [begin, end) of one row of any strides: vectors are gathered and scattered by element.
@@ -50,7 +75,7 @@ void strided_part(const GegluParams& p, const T* value, const T* gate, T* out, i
         g.v[k] += to_float(gate_bias[at + k]);
       }
     }
-    const Vec result = v * gelu_of<kKind>(g);
+    const Vec result = apply<T, kKind>(v, g);
     for (int k = 0; k < lanes; ++k) out[(at + k) * out_stride] = from_float<T>(result.v[k]);
   }
 }

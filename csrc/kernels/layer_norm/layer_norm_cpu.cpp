@@ -1,9 +1,11 @@
-// A row stays in the first-level cache between its passes, so memory is read once. Everything
-// that is one vector per sample is brought to float32 once per sample, as the factor and the
-// offset of a single multiply-add.
+// Two passes over a row that the first-level cache holds: the moments about a pivot, then the
+// result. Everything that is one vector per sample is brought to float32 once per sample, as the
+// factor and the offset of a single multiply-add. Float32 vectors that go with elements of T are
+// kept in the order of load_pair<T>.
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <type_traits>
 
 #include "accelrt/dispatch.h"
 #include "accelrt/parallel.h"
@@ -30,25 +32,45 @@ const T* vector_of(const LayerNormParams::PerSample& t, int64_t b) {
 }
 
 template <typename T>
+void load_pair_or(const T* p, int64_t i, float otherwise, Vec& a, Vec& b) {
+  a = Vec(otherwise);
+  b = Vec(otherwise);
+  if (p != nullptr) load_pair(p + i, a, b);
+}
+
+template <typename T>
 Vec load_or(const T* p, int64_t i, int lanes, float otherwise) {
   return p == nullptr ? Vec(otherwise) : load_any(p + i, lanes);
 }
 
-// The float32 vectors of one thread.
-struct Scratch {
-  explicit Scratch(int64_t width) : stride((width + kLanes - 1) / kLanes * kLanes) {
-    memory.reset(new float[kCount * stride]);
-  }
-  float* factor() { return memory.get(); }
-  float* offset() { return memory.get() + stride; }
-  float* gate() { return memory.get() + 2 * stride; }
-  float* inject_scale() { return memory.get() + 3 * stride; }
-  float* row() { return memory.get() + 4 * stride; }
+// The float32 vectors of one thread, padded so that the last vector may be stored in full.
+class Scratch {
+ public:
+  explicit Scratch(int64_t width)
+      : stride_((width + kLanes - 1) / kLanes * kLanes), memory_(new float[5 * stride_]) {}
+  float* factor() { return memory_.get(); }
+  float* offset() { return memory_.get() + stride_; }
+  float* gate() { return memory_.get() + 2 * stride_; }
+  float* inject_scale() { return memory_.get() + 3 * stride_; }
+  float* row() { return memory_.get() + 4 * stride_; }
 
-  static constexpr int kCount = 5;
-  int64_t stride;  // padded, so that the last vector may be stored in full
-  std::unique_ptr<float[]> memory;
+ private:
+  int64_t stride_;
+  std::unique_ptr<float[]> memory_;
 };
+
+// to = from, or `otherwise` where there is none.
+template <typename T>
+void prepare_vector(const T* from, float otherwise, int64_t n, float* to) {
+  for_pairs(
+      n,
+      [&](int64_t i) {
+        Vec a, b;
+        load_pair_or(from, i, otherwise, a, b);
+        store_pair(to + i, a, b);
+      },
+      [&](int64_t i, int lanes) { store(to + i, load_or(from, i, lanes, otherwise)); });
+}
 
 template <typename T, bool kResidual>
 void prepare_sample(const LayerNormParams& p, int64_t b, Scratch& scratch) {
@@ -56,88 +78,199 @@ void prepare_sample(const LayerNormParams& p, int64_t b, Scratch& scratch) {
   const T* bias = static_cast<const T*>(p.bias);
   const T* scale = vector_of<T>(p.scale, b);
   const T* shift = vector_of<T>(p.shift, b);
-  for_lanes(p.width, [&](int64_t i, int lanes) {
-    const Vec one_plus = Vec(1.f) + load_or(scale, i, lanes, 0.f);
-    store(scratch.factor() + i, load_or(weight, i, lanes, 1.f) * one_plus);
-    store(scratch.offset() + i,
-          fma(load_or(bias, i, lanes, 0.f), one_plus, load_or(shift, i, lanes, 0.f)));
-  });
+  float* factor = scratch.factor();
+  float* offset = scratch.offset();
+  const Vec one(1.f);
+  for_pairs(
+      p.width,
+      [&](int64_t i) {
+        Vec w0, w1, b0, b1, s0, s1, t0, t1;
+        load_pair_or(weight, i, 1.f, w0, w1);
+        load_pair_or(bias, i, 0.f, b0, b1);
+        load_pair_or(scale, i, 0.f, s0, s1);
+        load_pair_or(shift, i, 0.f, t0, t1);
+        store_pair(factor + i, w0 * (one + s0), w1 * (one + s1));
+        store_pair(offset + i, fma(b0, one + s0, t0), fma(b1, one + s1, t1));
+      },
+      [&](int64_t i, int lanes) {
+        const Vec one_plus = one + load_or(scale, i, lanes, 0.f);
+        store(factor + i, load_or(weight, i, lanes, 1.f) * one_plus);
+        store(offset + i,
+              fma(load_or(bias, i, lanes, 0.f), one_plus, load_or(shift, i, lanes, 0.f)));
+      });
   if constexpr (kResidual) {
-    const T* gate = vector_of<T>(p.gate, b);
-    const T* inject_scale = static_cast<const T*>(p.inject_scale);
-    for_lanes(p.width, [&](int64_t i, int lanes) {
-      store(scratch.gate() + i, load_or(gate, i, lanes, 1.f));
-      store(scratch.inject_scale() + i, load_or(inject_scale, i, lanes, 1.f));
-    });
+    prepare_vector(vector_of<T>(p.gate, b), 1.f, p.width, scratch.gate());
+    if (p.inject.data != nullptr) {
+      prepare_vector(static_cast<const T*>(p.inject_scale), 1.f, p.width, scratch.inject_scale());
+    }
   }
 }
 
-// Fills scratch.row() with r, stores it rounded, and returns its sum.
+// Sums of the deviations from a pivot and of their squares.
+struct Deviations {
+  explicit Deviations(float about) : pivot(about) {}
+  void add(Vec a, Vec b) {
+    const Vec d0 = a - pivot;
+    const Vec d1 = b - pivot;
+    first[0] += d0;
+    first[1] += d1;
+    second[0] = fma(d0, d0, second[0]);
+    second[1] = fma(d1, d1, second[1]);
+  }
+  // Lanes past the end must hold the pivot.
+  void add(Vec a) {
+    const Vec d = a - pivot;
+    first[0] += d;
+    second[0] = fma(d, d, second[0]);
+  }
+  Vec pivot;
+  Vec first[2] = {Vec(0.f), Vec(0.f)};
+  Vec second[2] = {Vec(0.f), Vec(0.f)};
+};
+
+struct Moments {
+  float pivot = 0.f;
+  float rest = 0.f;  // the mean is pivot + rest
+  float variance = 0.f;
+
+  // Whether the pivot lies so far from the mean that the variance has lost accuracy.
+  bool cancelled() const { return rest * rest > 4.f * variance; }
+};
+
+Moments moments_of(const Deviations& d, float pivot, int64_t n) {
+  const float inverse = 1.f / static_cast<float>(n);
+  Moments m;
+  m.pivot = pivot;
+  m.rest = sum(d.first[0] + d.first[1]) * inverse;
+  m.variance = std::max(sum(d.second[0] + d.second[1]) * inverse - m.rest * m.rest, 0.f);
+  return m;
+}
+
+template <typename S>
+Moments row_moments(const S* row, int64_t n, float pivot) {
+  Deviations deviations(pivot);
+  for_pairs(
+      n,
+      [&](int64_t i) {
+        Vec a, b;
+        load_pair(row + i, a, b);
+        deviations.add(a, b);
+      },
+      [&](int64_t i, int lanes) { deviations.add(load_any(row + i, lanes, pivot)); });
+  return moments_of(deviations, pivot, n);
+}
+
+// One row of the residual form: its inputs, and where it is kept in float32.
 template <typename T, bool kInject>
-float add_residual(const LayerNormParams& p, int64_t b, int64_t s, Scratch& scratch) {
-  const T* x = row_of<T>(p.x, b, s);
-  const T* residual = row_of<T>(p.residual, b, s);
-  const T* inject = row_of<T>(p.inject, kInject ? b : 0, kInject ? s : 0);
-  T* residual_out = row_to_write<T>(p.residual_out, b, s);
-  const float* gate = scratch.gate();
-  const float* inject_scale = scratch.inject_scale();
-  float* row = scratch.row();
-  Vec total(0.f);
-  for_lanes(p.width, [&](int64_t i, int lanes) {
-    Vec r = load_any(residual + i, lanes);
-    // The lanes past the end stay zero: x and inject read as zero there.
-    r = fma(load(gate + i), load_any(x + i, lanes), r);
-    if constexpr (kInject) { r = fma(load(inject_scale + i), load_any(inject + i, lanes), r); }
-    store(row + i, r);
-    store_any(residual_out + i, lanes, r);
-    total += r;
-  });
-  return sum(total);
+struct ResidualRow {
+  // No __restrict__: residual_out may be an input.
+  const T* x;
+  const T* residual;
+  const T* inject;
+  const float* gate;
+  const float* inject_scale;
+  T* residual_out;
+  float* row;
+  int64_t n;
+
+  void load(int64_t i, Vec& a, Vec& b) const {
+    Vec x0, x1, g0, g1;
+    load_pair(residual + i, a, b);
+    load_pair(x + i, x0, x1);
+    load_pair(gate + i, g0, g1);
+    a = fma(g0, x0, a);
+    b = fma(g1, x1, b);
+    if constexpr (kInject) {
+      load_pair(inject + i, x0, x1);
+      load_pair(inject_scale + i, g0, g1);
+      a = fma(g0, x0, a);
+      b = fma(g1, x1, b);
+    }
+  }
+
+  // Fills the row, and residual_out with its rounded values.
+  Moments compute() const {
+    float pivot = to_float(residual[0]) + gate[0] * to_float(x[0]);
+    if constexpr (kInject) pivot += inject_scale[0] * to_float(inject[0]);
+    Deviations deviations(pivot);
+    for_pairs(
+        n,
+        [&](int64_t i) {
+          Vec a, b;
+          load(i, a, b);
+          store_pair(residual_out + i, a, b);
+          if constexpr (!std::is_same_v<T, float>) store_pair(row + i, a, b);
+          deviations.add(a, b);
+        },
+        [&](int64_t i, int lanes) {
+          // Past the end x and inject read as zero, and residual as the pivot.
+          Vec r = fma(load_any(gate + i, lanes), load_any(x + i, lanes),
+                      load_any(residual + i, lanes, pivot));
+          if constexpr (kInject) {
+            r = fma(load_any(inject_scale + i, lanes), load_any(inject + i, lanes), r);
+          }
+          store_any(residual_out + i, lanes, r);
+          if constexpr (!std::is_same_v<T, float>) store(row + i, r);
+          deviations.add(r);
+        });
+    Moments moments = moments_of(deviations, pivot, n);
+    if (moments.cancelled()) moments = row_moments(row, n, moments.pivot + moments.rest);
+    return moments;
+  }
+};
+
+// out = (row - mean) / std * factor + offset. The row of T or of float32 is in the order of T.
+template <typename S, typename T>
+void normalise(const S* row, const Moments& m, int64_t n, float eps, const float* factor,
+               const float* offset, T* out) {
+  const float scale = 1.f / std::sqrt(m.variance + eps);
+  const Vec pivot(m.pivot);
+  const Vec rstd(scale);
+  const Vec minus(-m.rest * scale);
+  for_pairs(
+      n,
+      [&](int64_t i) {
+        Vec a, b, f0, f1, o0, o1;
+        load_pair(row + i, a, b);
+        load_pair(factor + i, f0, f1);
+        load_pair(offset + i, o0, o1);
+        store_pair(out + i, fma(fma(a - pivot, rstd, minus), f0, o0),
+                   fma(fma(b - pivot, rstd, minus), f1, o1));
+      },
+      [&](int64_t i, int lanes) {
+        const Vec y = fma(load_any(row + i, lanes) - pivot, rstd, minus);
+        store_any(out + i, lanes, fma(y, load(factor + i), load(offset + i)));
+      });
+}
+
+template <typename T, bool kInject>
+void residual_row(const LayerNormParams& p, int64_t b, int64_t s, Scratch& scratch) {
+  ResidualRow<T, kInject> row;
+  row.x = row_of<T>(p.x, b, s);
+  row.residual = row_of<T>(p.residual, b, s);
+  row.inject = kInject ? row_of<T>(p.inject, b, s) : nullptr;
+  row.gate = scratch.gate();
+  row.inject_scale = scratch.inject_scale();
+  row.residual_out = row_to_write<T>(p.residual_out, b, s);
+  row.n = p.width;
+  if constexpr (std::is_same_v<T, float>) {
+    row.row = row.residual_out;  // not rounded, so it serves as the row itself
+  } else {
+    row.row = scratch.row();
+  }
+  const Moments moments = row.compute();
+  normalise(row.row, moments, p.width, p.eps, scratch.factor(), scratch.offset(),
+            row_to_write<T>(p.out, b, s));
 }
 
 template <typename T>
-float sum_of(const T* x, int64_t n) {
-  Vec total[4] = {Vec(0.f), Vec(0.f), Vec(0.f), Vec(0.f)};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    for (int k = 0; k < 4; ++k) total[k] += load(x + i + k * kLanes);
-  }
-  for_lanes(n - i, [&](int64_t at, int lanes) { total[0] += load_any(x + i + at, lanes); });
-  return sum((total[0] + total[1]) + (total[2] + total[3]));
-}
-
-// out = (row - mean) / std * factor + offset. The deviations are taken from the rounded mean
-// and their own mean is removed after, so that an offset of many standard deviations costs
-// no accuracy.
-template <typename S, typename T>
-void normalise(const S* row, float total, int64_t n, float eps, const float* factor,
-               const float* offset, T* out) {
-  const float mean = total / static_cast<float>(n);
-  Vec first[2] = {Vec(0.f), Vec(0.f)};
-  Vec second[2] = {Vec(0.f), Vec(0.f)};
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    for (int k = 0; k < 2; ++k) {
-      const Vec d = load(row + i + k * kLanes) - Vec(mean);
-      first[k] += d;
-      second[k] = fma(d, d, second[k]);
-    }
-  }
-  for_lanes(n - i, [&](int64_t at, int lanes) {
-    const Vec d = load_any(row + i + at, lanes, mean) - Vec(mean);
-    first[0] += d;
-    second[0] = fma(d, d, second[0]);
-  });
-  const float rest = sum(first[0] + first[1]) / static_cast<float>(n);
-  const float variance =
-      std::max(sum(second[0] + second[1]) / static_cast<float>(n) - rest * rest, 0.f);
-  const float rstd = 1.f / std::sqrt(variance + eps);
-  const Vec minus(-rest * rstd);
-  for_lanes(n, [&](int64_t at, int lanes) {
-    const Vec d = load_any(row + at, lanes) - Vec(mean);
-    const Vec y = fma(d, Vec(rstd), minus);
-    store_any(out + at, lanes, fma(y, load(factor + at), load(offset + at)));
-  });
+void plain_row(const LayerNormParams& p, int64_t b, int64_t s, Scratch& scratch) {
+  const T* x = row_of<T>(p.x, b, s);
+  // The first element is a good pivot mostly, and one that proves bad is replaced.
+  Moments moments = row_moments(x, p.width, to_float(x[0]));
+  if (moments.cancelled()) moments = row_moments(x, p.width, moments.pivot + moments.rest);
+  normalise(x, moments, p.width, p.eps, scratch.factor(), scratch.offset(),
+            row_to_write<T>(p.out, b, s));
 }
 
 template <typename T, bool kResidual>
@@ -156,14 +289,12 @@ void run(const LayerNormParams& p) {
         prepare_sample<T, kResidual>(p, b, scratch);
         prepared = b;
       }
-      T* out = row_to_write<T>(p.out, b, s);
-      if constexpr (kResidual) {
-        const float total = p.inject.data != nullptr ? add_residual<T, true>(p, b, s, scratch)
-                                                     : add_residual<T, false>(p, b, s, scratch);
-        normalise(scratch.row(), total, p.width, p.eps, scratch.factor(), scratch.offset(), out);
+      if constexpr (!kResidual) {
+        plain_row<T>(p, b, s, scratch);
+      } else if (p.inject.data != nullptr) {
+        residual_row<T, true>(p, b, s, scratch);
       } else {
-        const T* x = row_of<T>(p.x, b, s);
-        normalise(x, sum_of(x, p.width), p.width, p.eps, scratch.factor(), scratch.offset(), out);
+        residual_row<T, false>(p, b, s, scratch);
       }
     }
   });
