@@ -25,8 +25,7 @@ void set_isa(const std::string& name);
 #if defined(ACCELRT_NO_CPU_KERNELS)
 // A simulator build that holds the CUDA sources alone.
 #define ACCELRT_DECLARE_CPU(name, Params)
-#define ACCELRT_CALL_CPU(name, params) \
-  ACCELRT_CHECK(false, #name ": this build has no CPU kernels")
+#define ACCELRT_CALL_CPU(name, params) ACCELRT_CHECK(false, #name ": this build has no CPU kernels")
 #elif defined(ACCELRT_HAVE_X86_ISA)
 #define ACCELRT_DECLARE_CPU(name, Params) \
   namespace generic {                     \

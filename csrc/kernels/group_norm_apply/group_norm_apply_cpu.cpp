@@ -80,10 +80,10 @@ class Coefficients {
   int64_t image_ = -1;
 };
 
-template <bool kSiLU>
+template <bool kSiLU, typename T>
 inline Vec normalise(Vec x, Vec centre, Vec gain, Vec offset) {
   const Vec y = fma(x - centre, gain, offset);
-  if constexpr (kSiLU) return silu(y);
+  if constexpr (kSiLU) return silu_to<T>(y);
   return y;
 }
 
@@ -96,7 +96,7 @@ template <int kRows, bool kSiLU, typename T>
   const Vec a = load(gain + c);
   const Vec b = load(offset + c);
   for (int r = 0; r < kRows; ++r) {
-    y[r] = normalise<kSiLU>(load_any(x + r * stride + c, lanes), m, a, b);
+    y[r] = normalise<kSiLU, T>(load_any(x + r * stride + c, lanes), m, a, b);
   }
 }
 
@@ -141,14 +141,14 @@ inline void channel_run(const T* x, int64_t x_stride, T* out, int64_t out_stride
   if (x_stride == 1 && out_stride == 1) {
     const bool overlap = n % kLanes != 0 && n > kLanes;
     Vec last;
-    if (overlap) last = normalise<kSiLU>(load(x + n - kLanes), m, a, b);
+    if (overlap) last = normalise<kSiLU, T>(load(x + n - kLanes), m, a, b);
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(out + i, normalise<kSiLU>(load(x + i), m, a, b));
+    for (; i + kLanes <= n; i += kLanes) store(out + i, normalise<kSiLU, T>(load(x + i), m, a, b));
     if (overlap) {
       store(out + n - kLanes, last);
     } else if (i < n) {
       const int lanes = static_cast<int>(n - i);
-      store_n(out + i, lanes, normalise<kSiLU>(load_n(x + i, lanes), m, a, b));
+      store_n(out + i, lanes, normalise<kSiLU, T>(load_n(x + i, lanes), m, a, b));
     }
     return;
   }
@@ -156,7 +156,7 @@ inline void channel_run(const T* x, int64_t x_stride, T* out, int64_t out_stride
     const int lanes = static_cast<int>(std::min<int64_t>(kLanes, n - i));
     Vec v(0.f);
     for (int k = 0; k < lanes; ++k) v.v[k] = to_float(x[(i + k) * x_stride]);
-    v = normalise<kSiLU>(v, m, a, b);
+    v = normalise<kSiLU, T>(v, m, a, b);
     for (int k = 0; k < lanes; ++k) out[(i + k) * out_stride] = from_float<T>(v.v[k]);
   }
 }

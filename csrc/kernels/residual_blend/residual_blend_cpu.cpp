@@ -14,11 +14,25 @@ void row_piece(const ResidualBlendParams& p, const int64_t (&offset)[3], int64_t
   T* out = static_cast<T*>(p.out) + offset[0];
   const T* x = static_cast<const T*>(p.x) + offset[1];
   const T* y = static_cast<const T*>(p.y) + offset[2];
-  for_lanes(to - from, [&](int64_t i, int n) {
-    const int64_t at = from + i;
+  auto blend = [&](int64_t at, int n) {
     const Vec a = load_row<kUnit>(x, at, stride[1], n);
     const Vec b = load_row<kUnit>(y, at, stride[2], n);
-    store_row<kUnit>(out, at, stride[0], n, fn(a, b));
+    return fn(a, b);
+  };
+  // Four vectors in flight, which the compiler may not arrange itself: out may be x or y.
+  constexpr int kUnroll = 4;
+  int64_t at = from;
+  for (; at + kUnroll * kLanes <= to; at += kUnroll * kLanes) {
+    Vec result[kUnroll];
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) result[u] = blend(at + u * kLanes, kLanes);
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      store_row<kUnit>(out, at + u * kLanes, stride[0], kLanes, result[u]);
+    }
+  }
+  for_lanes(to - at, [&](int64_t i, int n) {
+    store_row<kUnit>(out, at + i, stride[0], n, blend(at + i, n));
   });
 }
 

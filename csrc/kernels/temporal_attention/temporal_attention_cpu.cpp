@@ -7,10 +7,9 @@
 // so that the softmax over the keys runs down the rows: no horizontal reduction anywhere.
 // The second one is out = s^T v. All reads of a unit come before its writes, so out may be q.
 #include <algorithm>
-#include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <numeric>
 
 #include "accelrt/dispatch.h"
@@ -26,7 +25,7 @@ namespace {
 // hide the latency of the FMA and fit the 32 or 16 registers.
 #if defined(__AVX512F__)
 constexpr int kRows = 8;
-constexpr int kVecs = 2;
+constexpr int kVecs = 3;
 #elif defined(__AVX2__)
 constexpr int kRows = 4;
 constexpr int kVecs = 2;
@@ -81,7 +80,7 @@ inline void transpose(VFloat (&x)[kLanes]) {
 // Cephes' exp2f). Results below 2^-126 are 2^-126, which is nothing in a sum that holds a one.
 inline Vec exp2_nonpositive(Vec x) {
   const VFloat clamped = x.v < -126.f ? VFloat{} - 126.f : x.v;
-  const VFloat magic = VFloat{} + 12582912.f;  // 1.5 * 2^23: rounds to the nearest integer
+  const VFloat magic = VFloat{} + kRoundMagic;
   const VFloat t = clamped + magic;
   const VFloat r = clamped - (t - magic);
   VFloat p = VFloat{} + 1.535336188319500e-4f;
@@ -122,21 +121,30 @@ inline void block_product(const float* a, int64_t lda, const float* b, int64_t l
 template <int R, bool kTransposed>
 inline void row_product(const float* a, int64_t lda, const float* b, int64_t ldb, int vectors,
                         int depth, float* c, int64_t ldc) {
-  int n = 0;
-  for (; n + kVecs <= vectors; n += kVecs) {
-    block_product<R, kVecs, kTransposed>(a, lda, b + n * kLanes, ldb, depth, c + n * kLanes, ldc);
-  }
-  for (; n < vectors; ++n) {
-    block_product<R, 1, kTransposed>(a, lda, b + n * kLanes, ldb, depth, c + n * kLanes, ldc);
+  for (int n = 0; n < vectors;) {
+    const int left = vectors - n;
+    const float* const from = b + n * kLanes;
+    float* const to = c + n * kLanes;
+    if (kVecs >= 3 && left >= 3 && left != 4) {
+      block_product<R, kVecs, kTransposed>(a, lda, from, ldb, depth, to, ldc);
+      n += kVecs;
+    } else if (kVecs >= 2 && left >= 2) {
+      block_product<R, std::min(kVecs, 2), kTransposed>(a, lda, from, ldb, depth, to, ldc);
+      n += 2;
+    } else {
+      block_product<R, 1, kTransposed>(a, lda, from, ldb, depth, to, ldc);
+      n += 1;
+    }
   }
 }
 
 // c[rows, vectors] = a b. Rows are processed in blocks, so a and c are readable and writable
-// up to the next multiple of kRows.
-template <bool kTransposed>
+// up to the next multiple of kRows; `meanwhile` is called once per block of rows.
+template <bool kTransposed, typename Meanwhile>
 void product(const float* a, int64_t lda, int rows, const float* b, int64_t ldb, int vectors,
-             int depth, float* c, int64_t ldc) {
+             int depth, float* c, int64_t ldc, Meanwhile& meanwhile) {
   for (int r = 0; r < rows; r += kRows) {
+    meanwhile();
     const float* from = kTransposed ? a + r : a + r * lda;
     if (rows - r > kRows / 2) {
       row_product<kRows, kTransposed>(from, lda, b, ldb, vectors, depth, c + r * ldc, ldc);
@@ -170,15 +178,15 @@ inline void softmax_columns(float* s, int rows, int columns) {
 struct Plan {
   explicit Plan(const TemporalAttentionParams& p) {
     const int lanes = kLanes;
-    // Groups of heads whose channels fill whole vectors, as long as they stay in the L1 cache.
-    const int whole = lanes / std::gcd(lanes, p.head_dim);
-    constexpr int64_t kCacheFloats = 4096;
+    // Groups of heads whose channels fill whole vectors and make rows of several cache lines, as
+    // long as the tiles stay in the L2 cache.
+    const int64_t whole = lanes / std::gcd(lanes, p.head_dim);
+    constexpr int64_t kRowBytes = 256;
     constexpr int64_t kMostFloats = 65536;
     const int64_t head_floats = int64_t{2} * (p.frames + p.key_frames) * p.head_dim;
-    if (whole <= p.heads && whole * head_floats <= kMostFloats) heads = whole;
-    while (heads + whole <= p.heads && (heads + whole) * head_floats <= kCacheFloats) {
-      heads += whole;
-    }
+    auto fits = [&](int64_t n) { return n <= p.heads && n * head_floats <= kMostFloats; };
+    if (fits(whole)) heads = whole;
+    while (heads * p.head_dim * size_of(p.dtype) < kRowBytes && fits(heads + whole)) heads += whole;
     groups = (p.heads + heads - 1) / heads;
     query_columns = round_up(p.frames, lanes);
     // Loads and stores of a head's last vector run past its channels, by less than a vector.
@@ -200,18 +208,19 @@ struct Plan {
   int64_t floats;
 };
 
+constexpr std::align_val_t kLine{64};
+
 struct Free {
-  void operator()(float* p) const { std::free(p); }
+  void operator()(float* p) const { ::operator delete(p, kLine); }
 };
 
 using Scratch = std::unique_ptr<float[], Free>;
 
 Scratch make_scratch(int64_t floats) {
-  const size_t bytes = static_cast<size_t>((floats + 15) / 16 * 16) * sizeof(float);
-  void* memory = std::aligned_alloc(64, bytes);
-  ACCELRT_CHECK(memory != nullptr, "temporal_attention: no memory for ", bytes, " bytes");
-  std::memset(memory, 0, bytes);  // the padding of the tiles must hold numbers
-  return Scratch(static_cast<float*>(memory));
+  const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
+  Scratch scratch(static_cast<float*>(::operator new(bytes, kLine)));
+  std::memset(scratch.get(), 0, bytes);  // the padding of the tiles must hold numbers
+  return scratch;
 }
 
 // to[rows, width] = from, as floats.
@@ -224,64 +233,119 @@ void load_tile(const T* from, int64_t stride, int rows, int width, float* to, in
   }
 }
 
-// to[width, columns] = factor * from^T; columns past `rows` are zero.
-template <typename T>
-void load_transposed(const T* from, int64_t stride, int rows, int width, float factor, float* to,
-                     int64_t columns) {
+// to[width, columns] = factor * from^T; columns past `rows` are zero. Reads and writes whole
+// vectors: `from` and `to` are padded.
+void transpose_tile(const float* from, int64_t row, int rows, int width, float factor, float* to,
+                    int64_t columns) {
   for (int t = 0; t < columns; t += kLanes) {
     const int count = std::min(rows - t, kLanes);
-    for_lanes(width, [&](int64_t c, int n) {
+    for (int c = 0; c < width; c += kLanes) {
       VFloat x[kLanes];
-      if (count == kLanes && n == kLanes) {
+      if (count == kLanes) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) x[i] = load(from + (t + i) * stride + c).v * factor;
+        for (int i = 0; i < kLanes; ++i) x[i] = load(from + (t + i) * row + c).v * factor;
       } else {
         for (int i = 0; i < kLanes; ++i) {
-          x[i] = i < count ? load_any(from + (t + i) * stride + c, n).v * factor : VFloat{};
+          x[i] = i < count ? load(from + (t + i) * row + c).v * factor : VFloat{};
         }
       }
       transpose(x);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(to + (c + i) * columns + t, x[i]);
-    });
+    }
   }
 }
 
+// Which pixel and heads a unit is.
+struct Unit {
+  Unit(const TemporalAttentionParams& p, const Plan& plan, int64_t index)
+      : batch(index / plan.groups / p.pixels),
+        pixel(index / plan.groups % p.pixels),
+        first(index % plan.groups * plan.heads),
+        heads(static_cast<int>(std::min(plan.heads, p.heads - first))) {}
+
+  template <typename T>
+  const T* tile(const TemporalAttentionParams& p, const void* data,
+                const FrameStrides& stride) const {
+    return static_cast<const T*>(data) + batch * stride.batch + pixel * stride.pixel +
+           first * p.head_dim;
+  }
+
+  int64_t batch;
+  int64_t pixel;
+  int64_t first;  // head
+  int heads;
+};
+
+// Asks for the rows of the next unit while this one is computed, a few per call. They are short
+// and far apart, which defeats the hardware's prefetchers.
 template <typename T>
-void unit(const TemporalAttentionParams& p, const Plan& plan, int64_t index, float* scratch) {
-  const int64_t group = index % plan.groups;
-  const int64_t pixel = index / plan.groups % p.pixels;
-  const int64_t batch = index / plan.groups / p.pixels;
-  const int64_t first = group * plan.heads;
-  const int heads = static_cast<int>(std::min(plan.heads, p.heads - first));
-  const int width = heads * p.head_dim;
-  auto offset = [&](const FrameStrides& stride) {
-    return batch * stride.batch + pixel * stride.pixel + first * p.head_dim;
+class Prefetcher {
+ public:
+  Prefetcher(const TemporalAttentionParams& p, const Unit& next, int calls)
+      : tiles_{{next.tile<T>(p, p.q, p.q_stride), p.q_stride.frame, p.frames},
+               {next.tile<T>(p, p.k, p.k_stride), p.k_stride.frame, p.key_frames},
+               {next.tile<T>(p, p.v, p.v_stride), p.v_stride.frame, p.key_frames},
+               {next.tile<T>(p, p.out, p.out_stride), p.out_stride.frame, p.frames}},
+        width_(next.heads * p.head_dim),
+        rows_per_call_((2 * (p.frames + p.key_frames) + calls - 1) / calls) {}
+
+  void operator()() {
+    for (int i = 0; i < rows_per_call_ && tile_ < kTiles; ++i) {
+      const Tile& tile = tiles_[tile_];
+      const T* const row = tile.data + row_ * tile.stride;
+      constexpr int kStep = 64 / sizeof(T);
+      for (int c = 0; c < width_; c += kStep) __builtin_prefetch(row + c);
+      __builtin_prefetch(row + width_ - 1);
+      if (++row_ == tile.rows) {
+        row_ = 0;
+        ++tile_;
+      }
+    }
+  }
+
+ private:
+  struct Tile {
+    const T* data;
+    int64_t stride;
+    int rows;
   };
+  static constexpr int kTiles = 4;
+  Tile tiles_[kTiles];
+  int width_;
+  int rows_per_call_;
+  int tile_ = 0;
+  int row_ = 0;
+};
+
+template <typename T>
+void compute(const TemporalAttentionParams& p, const Plan& plan, const Unit& unit, const Unit& next,
+             float* scratch) {
+  const int width = unit.heads * p.head_dim;
   float* const q = scratch + plan.q;
   float* const k = scratch + plan.k;
   float* const v = scratch + plan.v;
   float* const s = scratch + plan.s;
   float* const out = scratch + plan.out;
-  constexpr float kLog2E = 1.44269504088896341f;
-  load_transposed(static_cast<const T*>(p.q) + offset(p.q_stride), p.q_stride.frame, p.frames,
-                  width, p.scale * kLog2E, q, plan.query_columns);
-  load_tile(static_cast<const T*>(p.k) + offset(p.k_stride), p.k_stride.frame, p.key_frames, width,
-            k, plan.row);
-  load_tile(static_cast<const T*>(p.v) + offset(p.v_stride), p.v_stride.frame, p.key_frames, width,
-            v, plan.row);
+  // q passes through the tile of out, which is free until then.
+  load_tile(unit.tile<T>(p, p.q, p.q_stride), p.q_stride.frame, p.frames, width, out, plan.row);
+  transpose_tile(out, plan.row, p.frames, width, p.scale * kLog2E, q, plan.query_columns);
+  load_tile(unit.tile<T>(p, p.k, p.k_stride), p.k_stride.frame, p.key_frames, width, k, plan.row);
+  load_tile(unit.tile<T>(p, p.v, p.v_stride), p.v_stride.frame, p.key_frames, width, v, plan.row);
+  const int blocks = (p.frames + kRows - 1) / kRows + (p.key_frames + kRows - 1) / kRows;
+  Prefetcher<T> prefetch(p, next, unit.heads * blocks);
   const int head_vectors = (p.head_dim + kLanes - 1) / kLanes;
-  for (int h = 0; h < heads; ++h) {
+  for (int h = 0; h < unit.heads; ++h) {
     const int at = h * p.head_dim;
     product<false>(k + at, plan.row, p.key_frames,
                    q + static_cast<int64_t>(at) * plan.query_columns, plan.query_columns,
-                   plan.query_columns / kLanes, p.head_dim, s, plan.query_columns);
+                   plan.query_columns / kLanes, p.head_dim, s, plan.query_columns, prefetch);
     softmax_columns(s, p.key_frames, plan.query_columns);
     // What a head's last vector writes past its channels, the next head overwrites.
     product<true>(s, plan.query_columns, p.frames, v + at, plan.row, head_vectors, p.key_frames,
-                  out + at, plan.row);
+                  out + at, plan.row, prefetch);
   }
-  T* const target = static_cast<T*>(p.out) + offset(p.out_stride);
+  T* const target = const_cast<T*>(unit.tile<T>(p, p.out, p.out_stride));
   for (int t = 0; t < p.frames; ++t) {
     for_lanes(width, [&](int64_t i, int n) {
       store_any(target + t * p.out_stride.frame + i, n, load(out + t * plan.row + i));
@@ -297,7 +361,9 @@ void run(const TemporalAttentionParams& p) {
   constexpr int64_t kGrainFlops = 1 << 20;
   parallel_for(0, units, kGrainFlops / unit_flops, [&](int64_t begin, int64_t end) {
     const Scratch scratch = make_scratch(plan.floats);
-    for (int64_t i = begin; i < end; ++i) unit<T>(p, plan, i, scratch.get());
+    for (int64_t i = begin; i < end; ++i) {
+      compute<T>(p, plan, Unit(p, plan, i), Unit(p, plan, std::min(i + 1, end - 1)), scratch.get());
+    }
   });
 }
 
