@@ -19,6 +19,8 @@ export ACCELRT_CUDA ?= auto
 export ACCELRT_BUILD_DIR ?= $(CURDIR)/build/py-cuda-$(ACCELRT_CUDA)
 
 BIN := $(VENV)/bin
+# The environment's own cmake and ninja come before older ones of the system.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 PIP := $(BIN)/pip --disable-pip-version-check
 SOURCES := $(shell find csrc bindings -type f) CMakeLists.txt setup.py pyproject.toml
 FORMATTED := $(shell find csrc bindings tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -35,7 +37,7 @@ $(VENV)/.torch: Makefile
 	touch $@
 
 $(VENV)/.dependencies: $(VENV)/.torch pyproject.toml
-	$(PIP) install -q "setuptools>=70" "cmake>=3.24" ninja "pybind11>=2.13"
+	$(PIP) install -q "setuptools>=70" "cmake>=3.31" ninja "pybind11>=2.13"
 	$(PIP) install -q --group demo --group test
 	touch $@
 

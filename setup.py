@@ -30,6 +30,15 @@ def torch_dir() -> Path | None:
     return None
 
 
+def cmake_program() -> str:
+    """CMake of the Python package if it is there (the system's may not know a new nvcc)."""
+    if importlib.util.find_spec("cmake") is None:
+        return "cmake"
+    from cmake import CMAKE_BIN_DIR
+
+    return str(Path(CMAKE_BIN_DIR) / "cmake")
+
+
 class CMakeBuild(build_ext):
     """Configure and build the `_C` target, into the place where setuptools wants it."""
 
@@ -46,8 +55,9 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(os.environ.get("ACCELRT_BUILD_DIR", Path(self.build_temp).resolve()))
         build.mkdir(parents=True, exist_ok=True)
+        cmake = cmake_program()
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             "-DACCELRT_PYTHON=ON",
             f"-DACCELRT_TORCH_DIR={torch}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -59,7 +69,7 @@ class CMakeBuild(build_ext):
         configure += [f"-D{name}={os.environ[name]}" for name in passed_on if os.environ.get(name)]
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        subprocess.run(["cmake", "--build", str(build), "--target", "_C", "-j", jobs], check=True)
+        subprocess.run([cmake, "--build", str(build), "--target", "_C", "-j", jobs], check=True)
 
 
 setup(

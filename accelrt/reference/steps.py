@@ -38,7 +38,7 @@ def guided_step(
 def feature_delta(a: Tensor, b: Tensor, *, p: int = 1, out: Tensor | None = None) -> Tensor:
     """Per-sample relative change ``|a - b|_p / |b|_p``; see :func:`accelrt.ops.feature_delta`."""
     acc = accumulation_dtype(a)
-    x, y = a.to(acc).flatten(1), b.to(acc).flatten(1)
+    x, y = (t.to(acc).reshape(t.shape[0], -1) for t in (a, b))
     if p == 1:
         num, den = (x - y).abs().sum(1), y.abs().sum(1)
     else:
