@@ -20,7 +20,7 @@ export ACCELRT_BUILD_DIR ?= $(CURDIR)/build/py-cuda-$(ACCELRT_CUDA)
 
 BIN := $(VENV)/bin
 # The environment's own cmake and ninja come before older ones of the system.
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PATH := $(abspath $(BIN)):$(PATH)
 PIP := $(BIN)/pip --disable-pip-version-check
 SOURCES := $(shell find csrc bindings -type f) CMakeLists.txt setup.py pyproject.toml
 FORMATTED := $(shell find csrc bindings tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
