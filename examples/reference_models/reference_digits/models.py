@@ -175,7 +175,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A two-layer CLIP text encoder; it is trained together with the UNet."""
+    """A two-layer CLIP text encoder; it is trained first and then frozen."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
