@@ -108,7 +108,9 @@ def main() -> None:
         rows.append(row)
         print(row, file=sys.stderr)
     head = ["stock", *SETTINGS]
-    print("| MiB, bf16, weights apart | " + " | ".join(head) + " |\n|---" + "|---" * len(head) + "|")
+    print(
+        "| MiB, bf16, weights apart | " + " | ".join(head) + " |\n|---" + "|---" * len(head) + "|"
+    )
     for row in rows:
         print(f"| {row['case']} | " + " | ".join(f"{row[c]:.1f}" for c in head) + " |")
     if "--save" in sys.argv:
