@@ -31,6 +31,8 @@ class SharedContext:
             return context
         if context.dim() != 3 or context.shape[0] % frames or context.device.type == "meta":
             return None
+        if torch.compiler.is_compiling():
+            return None  # what depends on values cannot be part of a graph
         repeats = self._known(context, frames)
         if repeats is None:
             if context.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,16 +20,17 @@ class Context:
         shared: ``[B, L, D]`` if the rows of all frames of a sample are the same, so that
             keys and values are computed once per sample; else ``None``.
         attention_mask: as the blocks of the model expect it.
+        encoder_attention_mask: the same, over the rows of ``full``.
         cross_attention_kwargs: for attention processors.
     """
 
     full: Any = None
     shared: Tensor | None = None
     attention_mask: Tensor | None = None
+    encoder_attention_mask: Tensor | None = None
     cross_attention_kwargs: dict[str, Any] | None = None
 
 
-@dataclass
 class State:
     """Activations and conditioning between stages.
 
@@ -39,24 +40,36 @@ class State:
 
     Args:
         inputs: the arguments of the forward call by name.
+        frames: frames per sample.
+        context: conditioning of cross-attention.
+        extras: what a family needs besides.
+
+    Attributes:
         hidden: ``[N, C, H, W]``, channels-last, ``N`` images (batch times frames), or
             the residual stream ``[B, S, D]`` of an image transformer.
         skips: the stack of skip tensors of a UNet.
         temb: time embedding ``[B, E]``, one row per sample.
-        frames: frames per sample.
-        context: conditioning of cross-attention.
-        extras: what a family needs besides.
+        held: weak references to tensors that somebody keeps.
     """
 
-    inputs: dict[str, Any]
-    hidden: Tensor | None = None
-    skips: list[Tensor] = field(default_factory=list)
-    temb: Tensor | None = None
-    frames: int = 1
-    context: Context = field(default_factory=Context)
-    extras: dict[str, Any] = field(default_factory=dict)
-    held: list[weakref.ref[Tensor]] = field(default_factory=list)
-    _activated: Tensor | None = None
+    def __init__(
+        self,
+        inputs: dict[str, Any],
+        *,
+        frames: int = 1,
+        context: Context | None = None,
+        extras: dict[str, Any] | None = None,
+    ) -> None:
+        # Not a dataclass: torch.compile cannot trace the default factories of one.
+        self.inputs = inputs
+        self.hidden: Tensor | None = None
+        self.skips: list[Tensor] = []
+        self.temb: Tensor | None = None
+        self.frames = frames
+        self.context = Context() if context is None else context
+        self.extras = {} if extras is None else extras
+        self.held: list[weakref.ref[Tensor]] = []
+        self._activated: Tensor | None = None
 
     def take(self) -> Tensor:
         """Remove and return ``hidden``, so that the caller holds the only reference."""

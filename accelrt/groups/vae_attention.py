@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import Attention
-from torch import nn
+from torch import Tensor, nn
 
 from accelrt import ops
 
 from .attention import attention_reason, self_attention
 from .base import Group
 from .recognise import plain_norm
+from .slicing import slice_length
 from .state import State, channels_last, tokens
 
 
 class VaeAttentionGroup(Group):
-    """``Attention`` on ``[N, C, H, W]``; the images of a call are one slice of the VAE."""
+    """``Attention`` on ``[N, C, H, W]``, sliced along images: each attends to itself."""
 
-    axis = "images"
+    axis = "frames"
     classes = (Attention,)
 
     def configured_length(self) -> int | None:
-        """Images per run of the VAE."""
-        return self.config.vae_images
+        """Images per slice."""
+        return self.config.frames_per_slice
 
     def unrecognised(self) -> str:
         """Besides hooks: an attention layer that is not the usual one."""
@@ -53,19 +55,33 @@ class VaeAttentionGroup(Group):
             if reason:
                 state.hold(state.hidden)
             return
-        self.measured(x.shape[0], x.shape[0])
+        images, _, height, width = x.shape
+        size = x[0].numel() * x.element_size()
+        n = slice_length(images, self.config.frames_per_slice, size, self.config, x.device)
+        self.measured(n, images)
+        in_place = self.config.inplace and state.writable(x)
+        if n >= images:
+            y = self._images(x, in_place)
+        else:
+            whole = x if in_place else torch.empty_like(x)
+            for start in range(0, images, n):
+                part = self._images(x[start : start + n], in_place)
+                if not in_place or not attn.residual_connection:
+                    tokens(whole[start : start + n]).copy_(part)
+            y = tokens(whole)
+        state.hidden = y.view(images, height, width, -1).permute(0, 3, 1, 2)
+
+    def _images(self, x: Tensor, in_place: bool) -> Tensor:
+        """Some images ``[n, C, H, W]`` as tokens ``[n, H * W, C]``, over ``x`` if it may be."""
+        attn: Any = self.module
         norm = attn.group_norm
         stats = ops.group_norm_stats(x, norm.num_groups)
         normed = ops.group_norm_apply(
             x, stats, norm.num_groups, norm.weight, norm.bias, eps=norm.eps
         )
         y = self_attention(attn, tokens(normed))
-        source = tokens(x)
         scale = 1.0 / attn.rescale_output_factor
         if attn.residual_connection:
-            out = source if self.config.inplace and state.writable(x) else y
-            y = ops.residual_blend(source, y, scale=scale, out=out)
-        elif scale != 1.0:
-            y = y * scale
-        batch, _, height, width = x.shape
-        state.hidden = y.view(batch, height, width, -1).permute(0, 3, 1, 2)
+            source = tokens(x)
+            return ops.residual_blend(source, y, scale=scale, out=source if in_place else y)
+        return y if scale == 1.0 else y * scale

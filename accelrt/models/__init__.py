@@ -1,17 +1,16 @@
-"""Model families, one description file each; importing this package registers them."""
+"""Model families, one description file each.
 
-from . import autoencoder_kl, dit, unet_motion
-from .family import Family, parts_of, supported
+Importing this package imports every module in it, and each description registers itself:
+a new family is a new file, and nothing else changes.
+"""
+
+import importlib
+import pkgutil
+
+from .family import Family, parts_of, register, supported
 from .stages import Observer, Stage, execute
 
-__all__ = [
-    "Family",
-    "Observer",
-    "Stage",
-    "autoencoder_kl",
-    "dit",
-    "execute",
-    "parts_of",
-    "supported",
-    "unet_motion",
-]
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["Family", "Observer", "Stage", "execute", "parts_of", "register", "supported"]

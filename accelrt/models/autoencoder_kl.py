@@ -73,6 +73,14 @@ def _mid_block(name: str, block: Any, config: Config) -> Stage:
     return Stage(name, tuple(groups))
 
 
+def parts_of_images(inputs: dict[str, Any], name: str, images: int | None) -> list[dict[str, Any]]:
+    """``inputs`` cut along the first axis of the tensor ``name``, ``images`` at a time."""
+    x: Tensor = inputs[name]
+    if images is None or x.shape[0] <= images:
+        return [inputs]
+    return [{**inputs, name: x[start : start + images]} for start in range(0, x.shape[0], images)]
+
+
 class _Half(Family):
     """What encoder and decoder share: images pass one after the other."""
 
@@ -86,9 +94,9 @@ class _Half(Family):
             return "latent_embeds were given"
         return super().declines(model, inputs)
 
-    def images_per_run(self, config: Config) -> int | None:
-        """``vae_images``: peak memory is that of so many images."""
-        return config.vae_images
+    def parts(self, inputs: dict[str, Any], config: Config) -> list[dict[str, Any]]:
+        """``vae_images`` at a time: peak memory is that of so many images."""
+        return parts_of_images(inputs, self.input_name, config.vae_images)
 
     def finish(self, model: nn.Module, state: State) -> Tensor:
         """The output of the last convolution."""

@@ -45,9 +45,9 @@ class Family(ABC):
         """The containers whose children the groups hold."""
         return ()
 
-    def images_per_run(self, config: Config) -> int | None:
-        """Inputs that go through all stages together; ``None`` for all of them."""
-        return None
+    def parts(self, inputs: dict[str, Any], config: Config) -> list[dict[str, Any]]:
+        """The calls that one call is cut into; their outputs are joined along the first axis."""
+        return [inputs]
 
     def declines(self, model: nn.Module, inputs: dict[str, Any]) -> str:
         """Why this call must run the stock forward; empty if it need not."""

@@ -112,21 +112,22 @@ class Forward:
         return reason
 
     def run(self, stages: tuple[Stage, ...], inputs: dict[str, Any]) -> Any:
-        """Run all stages on ``inputs``, some images at a time if the family says so."""
+        """Run all stages on ``inputs``, part by part if the family says so."""
         module, family = self.module, self.family
-        images = family.images_per_run(self.config)
-        x: Tensor = inputs[family.input_name]
-        if images is None or x.shape[0] <= images:
+        parts = family.parts(inputs, self.config)
+        if len(parts) == 1:
             state = execute(stages, family.begin(module, inputs), self.observer)
             return family.finish(module, state)
         out: Tensor | None = None
-        for start in range(0, x.shape[0], images):
-            part = {**inputs, family.input_name: x[start : start + images]}
+        start = 0
+        total = inputs[family.input_name].shape[0]
+        for part in parts:
             state = execute(stages, family.begin(module, part), self.observer)
             y = family.finish(module, state)
             if out is None:
-                out = y.new_empty((x.shape[0], *y.shape[1:]))
-            out[start : start + images] = y
+                out = y.new_empty((total, *y.shape[1:]))
+            out[start : start + y.shape[0]] = y
+            start += y.shape[0]
         return out
 
 

@@ -1,0 +1,268 @@
+"""ResNet blocks with a temporal half: frames first, then pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers.models.resnet import SpatioTemporalResBlock, TemporalResnetBlock
+from torch import Tensor, nn
+
+from accelrt import ops
+from accelrt.config import Config
+
+from .base import Group, StockGroup, container_reason
+from .mixing import image_only, mixer_reason, temporal_weight
+from .norms import unfused_norm
+from .recognise import is_inactive_dropout, is_plain, is_silu, plain_norm
+from .resnet import ResnetGroup
+from .slicing import slice_length
+from .state import State, channels_last, empty_images, per_image, tokens
+
+
+def spatio_temporal_resnet(
+    name: str, module: nn.Module, config: Config, *, joins: bool = False
+) -> list[Group]:
+    """The groups of one ``SpatioTemporalResBlock``: its spatial and its temporal half.
+
+    Args:
+        name, module, config: as in :class:`Group`.
+        joins: pop a skip and join it to the hidden states along the channels.
+    """
+    if not is_plain(module, SpatioTemporalResBlock):
+        why = container_reason(module, (SpatioTemporalResBlock,))
+        return [StockResnetGroup(name, module, config, why, joins=joins)]
+    block: Any = module
+    spatial = ResnetGroup(f"{name}.spatial_res_block", block.spatial_res_block, config, joins=joins)
+    temporal = TemporalResnetGroup(
+        f"{name}.temporal_res_block", block.temporal_res_block, config, mixer=block.time_mixer
+    )
+    return [spatial, temporal]
+
+
+def resnet_containers(block: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of ``block`` whose halves are groups of their own."""
+    for resnet in getattr(block, "resnets", ()):
+        if isinstance(resnet, SpatioTemporalResBlock):
+            yield resnet
+
+
+class StockResnetGroup(StockGroup):
+    """A whole block with hooks, or of another class: called as it came.
+
+    Args:
+        name, module, config: as in :class:`Group`.
+        why: the reason.
+        joins: as for :func:`spatio_temporal_resnet`.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, config: Config, why: str, *, joins: bool
+    ) -> None:
+        super().__init__(name, module, config)
+        self.why = why
+        self.joins = joins
+
+    def run(self, state: State) -> None:
+        """``[N, C, H, W]`` (and the popped skip) through the stock block."""
+        x = state.take()
+        if self.joins:
+            x = torch.cat([x, state.skips.pop()], dim=1)
+        indicator = image_only(state, x)
+        y = self.module(x, temb=state.temb_per_image(), image_only_indicator=indicator)
+        state.hidden = channels_last(y)
+        state.hold(state.hidden)
+
+
+class TemporalResnetGroup(Group):
+    """``TemporalResnetBlock`` and the blend with its input, sliced along pixels.
+
+    Both norms run over ``(C/g, T, H, W)``, so their statistics are collected over all
+    slices before the slices are normalised; the convolutions of kernel ``(3, 1, 1)``
+    treat each pixel alone. What must exist whole is the input and the output of the
+    first convolution, the latter for ``samples_per_slice`` samples. In diffusers' layout
+    of channels-last images ``[B * T, H, W, C]`` the frames of a pixel are already where
+    a channels-last ``Conv3d`` wants them: nothing is permuted in memory.
+
+    Args:
+        name, module, config: as in :class:`Group`.
+        mixer: the ``AlphaBlender`` of the block.
+    """
+
+    axis = "pixels"
+    classes = (TemporalResnetBlock,)
+
+    def __init__(self, name: str, module: nn.Module, config: Config, *, mixer: nn.Module) -> None:
+        super().__init__(name, module, config)
+        self.mixer = mixer
+
+    def configured_length(self) -> int | None:
+        """Pixels per slice."""
+        return self.config.pixels_per_slice
+
+    def unrecognised(self) -> str:
+        """Besides hooks: parts that do not treat every pixel alone."""
+        reason = super().unrecognised() or mixer_reason(self.mixer)
+        if reason:
+            return reason
+        block: Any = self.module
+        for name in ("norm1", "norm2"):
+            if not plain_norm(getattr(block, name), nn.GroupNorm, None):
+                return f"{name} over all frames and pixels is not a plain GroupNorm"
+        for name in ("conv1", "conv2"):
+            if not is_temporal_conv(getattr(block, name)):
+                return f"{name} is not a convolution along the frames alone"
+        if block.conv_shortcut is not None:
+            return "a convolution in the shortcut"
+        if not is_inactive_dropout(block.dropout):
+            return "dropout is active"
+        return ""
+
+    def unfused(self) -> list[str]:
+        """The activation, if it is not SiLU."""
+        block: Any = self.module
+        return unfused_norm("norms", block.norm1, block.nonlinearity)
+
+    def run(self, state: State) -> None:
+        """``[N, C, H, W]`` to the same shape."""
+        x = state.take()
+        block: Any = self.module
+        reason = self.unrecognised()
+        for name in ("norm1", "norm2"):
+            if not reason and not plain_norm(getattr(block, name), nn.GroupNorm, x.dtype):
+                reason = f"the weights of {name} are not {x.dtype}"
+        if reason:
+            self.left_alone = reason
+            state.hidden = self._stock(state, x)
+            state.hold(state.hidden)
+            return
+        state.hidden = self._sliced(state, x)
+
+    def _stock(self, state: State, x: Tensor) -> Tensor:
+        """Both halves of the blend in the stock layout ``[B, C, T, H, W]``."""
+        clips = x.view(-1, state.frames, *x.shape[1:]).transpose(1, 2)
+        temb = state.temb_per_image()
+        if temb is not None:
+            temb = temb.view(-1, state.frames, temb.shape[1])
+        y = self.mixer(
+            x_spatial=clips,
+            x_temporal=self.module(clips, temb),
+            image_only_indicator=image_only(state, x),
+        )
+        return channels_last(y.transpose(1, 2).flatten(0, 1))
+
+    def _time_rows(self, state: State) -> Tensor | None:
+        """The projected time embedding ``[N, C]``."""
+        block: Any = self.module
+        if block.time_emb_proj is None:
+            return None
+        if state.temb is None:
+            raise ValueError(f"{self.name}: the block needs a time embedding; temb is None")
+        silu = is_silu(block.nonlinearity)
+        rows = state.activated_temb() if silu else block.nonlinearity(state.temb)
+        return per_image(block.time_emb_proj(rows), state.frames)
+
+    def _sliced(self, state: State, x: Tensor) -> Tensor:
+        frames, config = state.frames, self.config
+        images, channels, height, width = x.shape
+        batch, pixels = images // frames, height * width
+        of_pixel = frames * channels * x.element_size()
+        samples = slice_length(batch, config.samples_per_slice, pixels * of_pixel, config, x.device)
+        p = slice_length(pixels, config.pixels_per_slice, samples * of_pixel, config, x.device)
+        self.measured(p, pixels)
+
+        rows = self._time_rows(state)
+        weight = temporal_weight(self.mixer, state, x)
+        in_place = config.inplace and state.writable(x)
+        out = x if in_place else empty_images(x, *x.shape)
+        source, target = tokens(x), tokens(out)  # [N, H * W, C]
+        for start in range(0, images, samples * frames):
+            clip = slice(start, start + samples * frames)
+            self._samples(
+                source[clip],
+                target[clip],
+                None if rows is None else rows[clip],
+                weight if weight.shape[0] == 1 else weight[clip],
+                frames,
+                p,
+            )
+        return out
+
+    def _samples(
+        self, x: Tensor, out: Tensor, rows: Tensor | None, weight: Tensor, frames: int, p: int
+    ) -> None:
+        """Some samples ``[b * T, P, C]``, ``p`` pixels at a time; ``out`` may be ``x``."""
+        block: Any = self.module
+        norm1, norm2 = block.norm1, block.norm2
+        pixels = x.shape[1]
+        stats = ops.group_norm_stats(_planar(x), norm1.num_groups, frames=frames)
+        hidden: Tensor | None = None
+        hidden_stats: Tensor | None = None
+        for start in range(0, pixels, p):
+            normed = self._normed(norm1, x[:, start : start + p], stats, None, frames)
+            y = _along_frames(block.conv1, normed, frames)
+            del normed
+            hidden_stats = ops.group_norm_stats(
+                _planar(y), norm2.num_groups, add=rows, frames=frames,
+                out=hidden_stats, accumulate=hidden_stats is not None,
+            )  # fmt: skip
+            if p >= pixels:
+                hidden = y
+                break
+            if hidden is None:
+                hidden = y.new_empty((y.shape[0], pixels, y.shape[2]))
+            hidden[:, start : start + p] = y
+        assert hidden is not None
+        assert hidden_stats is not None
+        for start in range(0, pixels, p):
+            part = hidden[:, start : start + p]
+            y = self._normed(norm2, part, hidden_stats, rows, frames)
+            y = _along_frames(block.conv2, y, frames)
+            torch.addcmul(x[:, start : start + p], weight, y, out=out[:, start : start + p])
+
+    def _normed(
+        self, norm: nn.GroupNorm, x: Tensor, stats: Tensor, rows: Tensor | None, frames: int
+    ) -> Tensor:
+        """``act(norm(x + rows))`` of some pixels ``[N, P, C]``, in a contiguous tensor."""
+        block: Any = self.module
+        silu = is_silu(block.nonlinearity)
+        y = x.new_empty(x.shape)
+        ops.group_norm_apply(
+            _planar(x), stats, norm.num_groups, norm.weight, norm.bias, eps=norm.eps,
+            add=rows, frames=frames, silu=silu, out=_planar(y),
+        )  # fmt: skip
+        activated: Tensor = y if silu else block.nonlinearity(y)
+        return activated
+
+
+def is_temporal_conv(module: object) -> bool:
+    """A 3-D convolution that treats every pixel alone and keeps the number of frames.
+
+    Adapters of peft count: their additional convolutions have the same geometry, or a
+    kernel of one.
+    """
+    if type(module).__module__.partition(".")[0] == "peft":
+        module = getattr(module, "base_layer", None)
+    if not isinstance(module, nn.Conv3d):
+        return False
+    taps = module.kernel_size[0]
+    return (
+        module.kernel_size[1:] == (1, 1)
+        and module.stride == (1, 1, 1)
+        and taps % 2 == 1
+        and module.padding == (module.dilation[0] * (taps // 2), 0, 0)
+        and module.padding_mode == "zeros"
+    )
+
+
+def _planar(x: Tensor) -> Tensor:
+    """``[N, P, C]`` as the norm operators take it: ``[N, C, 1, P]``."""
+    return x.permute(0, 2, 1).unsqueeze(2)
+
+
+def _along_frames(conv: nn.Module, x: Tensor, frames: int) -> Tensor:
+    """Apply a temporal convolution to contiguous ``[B * T, P, C]``."""
+    clips = x.view(-1, frames, 1, *x.shape[1:])  # [B, T, 1, P, C]
+    y: Tensor = conv(clips.permute(0, 4, 1, 2, 3))
+    return y.permute(0, 2, 3, 4, 1).reshape(x.shape[0], x.shape[1], -1)
