@@ -77,17 +77,29 @@ def test_freeu(unet: Any) -> None:
     assert not untouched(check(unet))
 
 
-def test_attention_mask_runs_transformers_as_they_came(unet: Any) -> None:
+@pytest.mark.parametrize("older", [False, True])
+def test_attention_mask(older: bool) -> None:
     """A mask of the stock UNet is one of the self-attention, so sizes must agree."""
     model = zoo.tiny_unet(
         block_out_channels=(16,),
         down_block_types=("CrossAttnDownBlockMotion",),
         up_block_types=("CrossAttnUpBlockMotion",),
     ).double()
+    if older:
+        model.set_default_attn_processor()
+    mask = (zoo.normal(2 * FRAMES, 64) > 0).double()
+    assert zoo.relative_error(run(model, attention_mask=mask), run(model)) > 1e-3
+    assert check(model, attention_mask=mask)["mid_block.attentions.0"][0] == "fused"
+
+
+def test_a_mask_of_the_wrong_size_raises_what_stock_raises(unet: Any) -> None:
     mask = torch.ones(2 * FRAMES, 64, dtype=torch.float64)
-    mask[:, 40:] = 0
-    result = check(model, attention_mask=mask)
-    assert "an attention mask was given" in result["mid_block.attentions.0"]
+    with pytest.raises(RuntimeError) as stock:
+        run(unet, attention_mask=mask)
+    accelrt.wrap(unet)
+    with pytest.raises(RuntimeError) as ours:
+        run(unet, attention_mask=mask)
+    assert str(ours.value) == str(stock.value)
 
 
 @pytest.mark.parametrize("target", ["to_q", "conv1", "ff.net.2", r".*attentions.*proj_in"])
@@ -141,6 +153,60 @@ def test_unknown_attention_processors(unet: Any, everywhere: bool) -> None:
     assert result["mid_block.attentions.0"][0] == ("sliced" if everywhere else "fused")
 
 
+class CrossFrameProcessor:
+    """Every image looks at the keys of the first: slices of images would change that."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        first = hidden_states[:1].expand_as(hidden_states)
+        return self.inner(attn, hidden_states, encoder_hidden_states=first)
+
+
+def test_processors_that_mix_images_see_all_of_them(unet: Any) -> None:
+    plain = run(unet)
+    processors = {
+        name: CrossFrameProcessor(p) if "motion" not in name and "attn1" in name else p
+        for name, p in unet.attn_processors.items()
+    }
+    unet.set_attn_processor(processors)
+    assert zoo.relative_error(run(unet), plain) > 1e-2
+    kind, reason = check(unet)["mid_block.attentions.0"]
+    assert kind == "sliced"
+    assert "CrossFrameProcessor may mix images" in reason
+
+
+def test_perturbed_attention_guidance(unet: Any) -> None:
+    """Its processor tells three branches of the batch apart by their place."""
+    from diffusers.models.attention_processor import PAGCFGIdentitySelfAttnProcessor2_0
+
+    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    layer.processor = PAGCFGIdentitySelfAttnProcessor2_0()
+    assert "may mix images" in check(unet)["mid_block.attentions.0"][1]
+
+
+def test_hooks_that_keep_a_state_see_all_images(unet: Any) -> None:
+    """A cache of attention outputs would count slices as steps."""
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Cache(ModelHook):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: Any = None
+
+        def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self.kept is None:
+                self.kept = self.fn_ref.original_forward(*args, **kwargs)
+            return self.kept
+
+    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    HookRegistry.check_if_exists_or_initialize(layer).register_hook(Cache(), "cache")
+    run(unet)  # fills the cache
+    result = check(unet, timestep=torch.tensor([3.0, 40.0]))
+    assert "a hook of Attention may want all images" in result["mid_block.attentions.0"][1]
+
+
 def test_the_older_attention_processor(unet: Any) -> None:
     unet.set_default_attn_processor()
     assert all(kind == "fused" or "sampl" in name or "embed" in name
@@ -154,7 +220,15 @@ def test_fused_projections(unet: Any) -> None:
 
 def test_forward_chunking(unet: Any) -> None:
     unet.enable_forward_chunking(1, dim=1)
-    assert "forward chunking" in check(unet)["mid_block.attentions.0"][1]
+    result = check(unet)
+    for name in ("mid_block.attentions.0", "mid_block.motion_modules.0"):
+        assert result[name] == ("fused", "ff_rows in place of forward chunking")
+    unet.enable_forward_chunking(7, dim=1)  # divides nothing
+    with pytest.raises(ValueError, match="divisible by chunk size"):
+        run(unet)
+    chunked = run(accelrt.wrap(unet))
+    unet.disable_forward_chunking()
+    assert zoo.relative_error(chunked, run(unet)) < 1e-13
 
 
 def test_forward_hooks_on_leaves_and_containers(unet: Any) -> None:
@@ -400,7 +474,10 @@ def test_ip_adapter(unet: Any) -> None:
     unet.set_attn_processor(processors)
     images = {"image_embeds": [zoo.normal(2, 1, zoo.CONTEXT_WIDTH).double()]}
     result = check(unet, added_cond_kwargs=images)
-    assert "IP-Adapter" in result["mid_block.attentions.0"][1]
+    kind, reason = result["mid_block.attentions.0"]
+    assert kind == "sliced"
+    assert "attn2: processor IPAdapterAttnProcessor2_0 runs as it came" in reason
+    assert not untouched(result)
     assert result["mid_block.motion_modules.0"][0] == "fused"
 
 

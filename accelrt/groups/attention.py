@@ -52,14 +52,24 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
 
 
-def attend(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention of ``[n, S, C]`` with ``[n, L, C]``, and ``to_out``."""
+def mix(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention of ``[n, S, C]`` with ``[n, L, C]``, before ``to_out``.
+
+    Args:
+        attn: a recognised attention layer.
+        q, k, v: queries ``[n, S, C]``, keys and values ``[n, L, C]``.
+        mask: ``[n, 1 or H, 1 or S, L]``, added to the scores (or boolean), or ``None``.
+    """
     # AttnProcessor2_0 ignores attn.scale, the older processor uses it.
     scale = attn.scale if type(attn.processor) is AttnProcessor else None
-    y = F.scaled_dot_product_attention(
-        _heads(q, attn.heads), _heads(k, attn.heads), _heads(v, attn.heads), scale=scale
-    )
-    projected: Tensor = attn.to_out[0](y.transpose(1, 2).flatten(2))
+    q, k, v = (_heads(t, attn.heads) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return y.transpose(1, 2).flatten(2)
+
+
+def attend(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of ``[n, S, C]`` with ``[n, L, C]``, and ``to_out``."""
+    projected: Tensor = attn.to_out[0](mix(attn, q, k, v, mask))
     return projected
 
 
@@ -71,38 +81,85 @@ def self_attention(attn: Any, x: Tensor) -> Tensor:
 class CrossAttention:
     """Cross-attention for slices of images, with keys and values per sample if possible.
 
+    With one key the softmax is one whatever the query, so the layer adds the same vector
+    to every token of an image: ``to_out(to_v(context))``.
+
     Args:
         attn: a recognised attention layer.
-        full: context ``[N, L, D]``, one row per image.
+        full: context ``[N, L, D]``, one row per image; ``None`` if ``shared`` is given.
         shared: ``[B, L, D]`` if all frames of a sample share their context, or ``None``.
         frames: frames per sample.
+        mask: bias ``[N, 1 or S, L]`` of the scores, or ``None``.
     """
 
-    def __init__(self, attn: Any, full: Tensor, shared: Tensor | None, frames: int) -> None:
+    def __init__(
+        self,
+        attn: Any,
+        full: Tensor | None,
+        shared: Tensor | None,
+        frames: int,
+        mask: Tensor | None = None,
+    ) -> None:
         self.attn = attn
+        self.mask = mask
         self.full = full
         self.frames = frames
         self.shared: tuple[Tensor, Tensor] | None = None
-        if shared is not None:
+        context = full if shared is None else shared
+        if context is None:
+            raise ValueError("cross-attention needs a context: full and shared are None")
+        self.rows: Tensor | None = None  # [B or N, 1, D]: what every token gets
+        if context.shape[1] == 1 and mask is None and _ignores_queries(attn):
+            self.rows = attn.to_out[0](attn.to_v(context))
+        elif shared is not None:
             self.shared = (attn.to_k(shared), attn.to_v(shared))
+        self._per_sample = shared is not None
+
+    def constant(self, start: int, stop: int) -> Tensor | None:
+        """What every token of the images ``start`` to ``stop`` gets, ``[n, 1, D]``.
+
+        ``None`` if it depends on the token.
+        """
+        if self.rows is None:
+            return None
+        return rows_of_images(self.rows, start, stop, self.frames if self._per_sample else 1)
 
     def __call__(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Attention of tokens ``[n, S, C]`` of the images ``start`` to ``stop``."""
+        constant = self.constant(start, stop)
+        if constant is not None:
+            return constant.repeat(1, x.shape[1], 1)  # the caller may write to it
         attn = self.attn
+        mask = None if self.mask is None else self.mask[start:stop, None]
         q = attn.to_q(x)
         if self.shared is None:
+            assert self.full is not None
             context = self.full[start:stop]
-            return attend(attn, q, attn.to_k(context), attn.to_v(context))
+            return attend(attn, q, attn.to_k(context), attn.to_v(context), mask)
         images, length, width = q.shape
         first, last = start // self.frames, (stop - 1) // self.frames
         k, v = (t[first : last + 1] for t in self.shared)
-        if first == last or images == (last + 1 - first) * self.frames:
+        if self.frames == 1:
+            return attend(attn, q, k, v, mask)
+        if mask is None and (first == last or images == (last + 1 - first) * self.frames):
             # The frames of a sample are one long query.
             samples = last + 1 - first
             y = attend(attn, q.reshape(samples, -1, width), k, v)
             return y.view(images, length, -1)
         sample = torch.arange(start, stop, device=x.device) // self.frames - first
-        return attend(attn, q, k[sample], v[sample])
+        return attend(attn, q, k[sample], v[sample], mask)
+
+
+def _ignores_queries(attn: Any) -> bool:
+    """Queries and keys have no reader but the softmax: no hook sees them."""
+    return is_plain_linear(attn.to_q) and is_plain_linear(attn.to_k)
+
+
+def rows_of_images(rows: Tensor, start: int, stop: int, frames: int) -> Tensor:
+    """One row per image from one row per sample: ``[B, ...]`` to ``[stop - start, ...]``."""
+    if frames == 1:
+        return rows[start:stop]
+    return rows[torch.arange(start, stop, device=rows.device) // frames]
 
 
 def temporal_self_attention(attn: Any, x: Tensor, frames: int) -> Tensor:
@@ -138,3 +195,23 @@ def _temporal_by_permutation(
     y = F.scaled_dot_product_attention(moved(q), moved(k), moved(v), scale=scale)
     y = y.view(batch, pixels, heads, frames, -1).permute(0, 3, 1, 2, 4)
     return y.reshape(batch, frames, pixels, width)
+
+
+def by_pixel(
+    module: Any, x: Tensor, frames: int, context: Tensor | None = None, **options: Any
+) -> Tensor:
+    """Call a stock module on ``[B * P, T, D]``, the layout it expects.
+
+    Args:
+        module: a block or attention layer that attends along its sequence.
+        x: ``[B * T, P, D]``.
+        frames: ``T``.
+        context: ``[B, L, E]`` for cross-attention, one row per sample.
+        options: other arguments of the call.
+    """
+    _, pixels, width = x.shape
+    moved = x.reshape(-1, frames, pixels, width).transpose(1, 2)  # [B, P, T, D]
+    if context is not None:
+        options["encoder_hidden_states"] = context.repeat_interleave(pixels, dim=0)
+    y: Tensor = module(moved.flatten(0, 1), **options)
+    return y.reshape(-1, pixels, frames, width).transpose(1, 2).flatten(0, 1)

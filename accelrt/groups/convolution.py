@@ -11,6 +11,7 @@ from accelrt.config import Config
 
 from .base import FUSED, Group, Status
 from .norms import GroupNormAct, unfused_norm
+from .recognise import is_plain_conv
 from .slicing import slice_length
 from .state import State, channels_last
 
@@ -21,11 +22,21 @@ class ConvInGroup(Group):
     Args:
         name, module, config: as in :class:`Group`; ``module`` is the convolution.
         push: the output is also the first skip.
+        frames_first: videos are ``[B, T, C, H, W]``, not ``[B, C, T, H, W]``.
     """
 
-    def __init__(self, name: str, module: nn.Module, config: Config, *, push: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        config: Config,
+        *,
+        push: bool = False,
+        frames_first: bool = False,
+    ) -> None:
         super().__init__(name, module, config)
         self.push = push
+        self.frames_first = frames_first
 
     def unfused(self) -> list[str]:
         """The convolution is the library's in any case."""
@@ -36,9 +47,11 @@ class ConvInGroup(Group):
         return Status(FUSED, "layout change on the input")
 
     def run(self, state: State) -> None:
-        """Read ``state.inputs["sample"]`` (``[B, C, T, H, W]`` or ``[N, C, H, W]``)."""
+        """Read ``state.inputs["sample"]`` (a video, or ``[N, C, H, W]``)."""
         sample: Tensor = state.inputs["sample"]
-        if sample.dim() == 5:
+        if sample.dim() == 5 and self.frames_first:
+            sample = sample.flatten(0, 1)
+        elif sample.dim() == 5:
             batch, channels, frames, height, width = sample.shape
             images = sample.permute(0, 2, 3, 4, 1).reshape(batch * frames, height, width, channels)
             sample = images.permute(0, 3, 1, 2)
@@ -93,6 +106,8 @@ class OutGroup(Group):
         if n >= images:
             h = x if norm is None else norm(x)
             state.hidden = conv(h).contiguous()
+            if not is_plain_conv(conv):
+                state.hold(state.hidden)
             return
         out: Tensor | None = None
         for start in range(0, images, n):

@@ -16,6 +16,8 @@ from accelrt.config import Config
 from .recognise import is_inactive_dropout, is_plain, is_plain_linear, is_row_wise
 from .slicing import slice_length
 
+Add = Callable[[Tensor, Tensor, Tensor], None]
+
 
 def feed_forward_reason(module: nn.Module) -> str:
     """Why the layer must be called whole on its input; empty if it is recognised."""
@@ -91,22 +93,30 @@ class FeedForwardRunner:
             for start in range(0, length, rows):
                 yield slice(sample, sample + 1), slice(start, start + rows)
 
-    def __call__(self, x: Tensor, residual: Tensor, gate: Tensor | None = None) -> None:
+    def __call__(
+        self, x: Tensor, residual: Tensor, gate: Tensor | None = None, add: Add | None = None
+    ) -> None:
         """Add to ``residual`` in place.
 
         Args:
             x: ``[B, S, D]``, the normed input.
             residual: ``[B, S, D]``.
             gate: ``[B, D]`` or ``None`` (one).
+            add: called with ``ff(x)``, ``residual`` and ``x`` of each slice in place of
+                the sum, which it must perform; ``x`` is no longer needed. Without a gate.
         """
         if not self.known:
-            self._add(self.module(x), residual, gate)
+            y = self.module(x)
+            self._add(y, residual, gate) if add is None else add(y, residual, x)
             return
         if gate is None and x.is_contiguous() and residual.is_contiguous():
             x, residual = x.view(1, -1, x.shape[-1]), residual.view(1, -1, residual.shape[-1])
         for samples, rows in self._pieces(x):
             y = self.out(self.hidden(x[samples, rows]))
-            self._add(y, residual[samples, rows], None if gate is None else gate[samples])
+            if add is None:
+                self._add(y, residual[samples, rows], None if gate is None else gate[samples])
+            else:
+                add(y, residual[samples, rows], x[samples, rows])
 
     def _add(self, y: Tensor, residual: Tensor, gate: Tensor | None) -> None:
         if gate is not None:

@@ -11,12 +11,19 @@ from torch import Tensor, nn
 
 from accelrt import ops
 
-from .attention import attention_reason, temporal_self_attention
-from .base import Group
-from .recognise import is_plain_linear, is_row_wise, plain_norm
+from .attention import attention_reason, by_pixel, temporal_self_attention
+from .base import Group, Status
+from .norms import ClipNorm, unfused_norm
+from .recognise import is_plain_linear, is_row_wise
 from .slicing import slice_length
 from .state import State, channels_last, empty_images, tokens
-from .transformer_block import BlockRunner, block_parts, block_reason
+from .transformer_block import (
+    BlockRunner,
+    block_parts,
+    block_reason,
+    chunking_reason,
+    remark_chunking,
+)
 
 
 class MotionGroup(Group):
@@ -40,39 +47,38 @@ class MotionGroup(Group):
         return self.config.pixels_per_slice
 
     def unrecognised(self) -> str:
-        """Besides hooks: a norm whose statistics cannot be taken apart."""
+        """Besides hooks: projections that may look at more than a pixel."""
         reason = super().unrecognised()
         if reason:
             return reason
         module: Any = self.module
-        if not plain_norm(module.norm, nn.GroupNorm, None):
-            return "the norm over all frames and pixels is not a plain GroupNorm"
         if not is_row_wise(module.proj_in) or not is_row_wise(module.proj_out):
             return "projections of an unknown kind"
-        if any(getattr(block, "_chunk_size", None) is not None for block in self._blocks()):
-            return "forward chunking is enabled"
-        return ""
+        return next(filter(None, map(chunking_reason, self._blocks())), "")
 
     def _blocks(self) -> list[nn.Module]:
         module: Any = self.module
         return list(module.transformer_blocks)
 
     def unfused(self) -> list[str]:
-        """Blocks and layers that are not recognised."""
-        remarks = []
+        """The norm, blocks and layers that are not recognised."""
+        module: Any = self.module
+        remarks = unfused_norm("norm", module.norm, None)
         for index, block in enumerate(self._blocks()):
             reason = block_reason(block) or _temporal_reason(block)
             parts = [reason] if reason else block_parts(block)
             remarks += [f"block {index}: {part}" for part in parts]
         return remarks
 
+    def status(self) -> Status:
+        """Also says that ``ff_rows`` takes the place of forward chunking."""
+        return remark_chunking(super().status(), self._blocks())
+
     def run(self, state: State) -> None:
         """``[N, C, H, W]`` to the same shape."""
         x = state.take()
         module: Any = self.module
         reason = self.unrecognised()
-        if not reason and not plain_norm(module.norm, nn.GroupNorm, x.dtype):
-            reason = f"the norm's weights are not {x.dtype}"
         if reason:
             self.left_alone = reason
             state.hidden = channels_last(module(x, num_frames=state.frames))
@@ -82,7 +88,6 @@ class MotionGroup(Group):
 
     def _sliced(self, state: State, x: Tensor) -> Tensor:
         module: Any = self.module
-        norm = module.norm
         frames = state.frames
         images, channels, height, width = x.shape
         pixels = height * width
@@ -90,7 +95,7 @@ class MotionGroup(Group):
         p = slice_length(pixels, self.config.pixels_per_slice, widest, self.config, x.device)
         self.measured(p, pixels)
 
-        stats = ops.group_norm_stats(x, norm.num_groups, frames=frames)
+        norm = ClipNorm(module.norm, None, x, frames)
         blocks = [self._block(block, x, frames) for block in self._blocks()]
         own_stream = is_plain_linear(module.proj_in)
         in_place = self.config.inplace and state.writable(x)
@@ -98,15 +103,7 @@ class MotionGroup(Group):
         source, target = tokens(x), tokens(out)  # [N, H * W, C]
         for start in range(0, pixels, p):
             part, into = source[:, start : start + p], target[:, start : start + p]
-            # [N, C, 1, P]: the operator's layout for a row of pixels
-            normed = x.new_empty(part.shape)
-            ops.group_norm_apply(
-                part.permute(0, 2, 1).unsqueeze(2), stats, norm.num_groups, norm.weight,
-                norm.bias, eps=norm.eps, frames=frames,
-                out=normed.permute(0, 2, 1).unsqueeze(2),
-            )  # fmt: skip
-            stream: Tensor = module.proj_in(normed)
-            del normed
+            stream: Tensor = module.proj_in(norm(start, start + p))
             if not own_stream:
                 stream = stream.clone()
             for run in blocks:
@@ -122,10 +119,10 @@ class MotionGroup(Group):
     def _block(self, block: Any, x: Tensor, frames: int) -> Callable[[Tensor], Tensor]:
         """How one temporal block runs on ``[N, P, D]``, decided once per call."""
         if block_reason(block) or _temporal_reason(block):
-            return partial(_by_pixel, block, frames=frames)
+            return partial(by_pixel, block, frames=frames)
         runner = BlockRunner(block, self.config, x, frames)
         if not runner.positions_known(x):
-            return partial(_by_pixel, block, frames=frames)
+            return partial(by_pixel, block, frames=frames)
         first = self._attention(block.attn1, frames)
         second = None if block.attn2 is None else self._attention(block.attn2, frames)
 
@@ -137,7 +134,7 @@ class MotionGroup(Group):
 
     def _attention(self, attn: Any, frames: int) -> Callable[[Tensor], Tensor]:
         if attention_reason(attn) or not self.config.fuse:
-            return partial(_by_pixel, attn, frames=frames)
+            return partial(by_pixel, attn, frames=frames)
         return partial(temporal_self_attention, attn, frames=frames)
 
 
@@ -146,17 +143,3 @@ def _temporal_reason(block: Any) -> str:
     if block.attn2 is not None and getattr(block.attn2, "is_cross_attention", False):
         return "cross-attention in a motion module"
     return ""
-
-
-def _by_pixel(module: Any, x: Tensor, frames: int) -> Tensor:
-    """Call a stock module on ``[B * P, T, D]``, the layout it expects.
-
-    Args:
-        module: a block or attention layer that attends along its sequence.
-        x: ``[B * T, P, D]``.
-        frames: ``T``.
-    """
-    _, pixels, width = x.shape
-    moved = x.reshape(-1, frames, pixels, width).transpose(1, 2)  # [B, P, T, D]
-    y: Tensor = module(moved.flatten(0, 1))
-    return y.reshape(-1, pixels, frames, width).transpose(1, 2).flatten(0, 1)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from accelrt import ops
 
 from .recognise import is_silu, plain_norm
+from .state import tokens
 
 
 class GroupNormAct:
@@ -71,6 +72,71 @@ class GroupNormAct:
             return y
         activated: Tensor = self.act(y)
         return activated
+
+
+class ClipNorm:
+    """GroupNorm over ``(C/g, T, H, W)`` of each clip, then an activation, on slices of pixels.
+
+    A plain norm needs its statistics first, one pass over everything, and is then applied
+    to slices. Any other module normalises everything at once, as it came, and slices are
+    taken from that.
+
+    Args:
+        norm: the norm module; it sees clips ``[B, C, T, H, W]``.
+        act: the activation module, or ``None``.
+        x: ``[B * T, C, H, W]``, channels-last.
+        frames: ``T``.
+        add: ``[B * T, C]``, added first, or ``None``.
+        stats: the statistics of ``x + add`` if they are known already.
+    """
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        act: nn.Module | None,
+        x: Tensor,
+        frames: int,
+        *,
+        add: Tensor | None = None,
+        stats: Tensor | None = None,
+    ) -> None:
+        self.norm = norm
+        self.act = act
+        self.frames = frames
+        self.add = add
+        self.stats: Tensor | None = None
+        self.source = tokens(x)
+        self.silu = is_silu(act)
+        if plain_norm(norm, nn.GroupNorm, x.dtype):
+            assert isinstance(norm, nn.GroupNorm)
+            if stats is None:
+                stats = ops.group_norm_stats(x, norm.num_groups, add=add, frames=frames)
+            self.stats = stats
+            return
+        if add is not None:
+            x = x + add[:, :, None, None]
+        clips = x.view(-1, frames, *x.shape[1:]).transpose(1, 2)
+        whole: Tensor = norm(clips)
+        self.source = tokens(whole.transpose(1, 2).reshape(x.shape))
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """The pixels ``start`` to ``stop`` of all images, ``[B * T, P, C]``, contiguous."""
+        part = self.source[:, start:stop]
+        if self.stats is None:
+            return part.contiguous() if self.act is None else self.act(part.contiguous())
+        norm = self.norm
+        assert isinstance(norm, nn.GroupNorm)
+        y = part.new_empty(part.shape)
+        ops.group_norm_apply(
+            planar(part), self.stats, norm.num_groups, norm.weight, norm.bias, eps=norm.eps,
+            add=self.add, frames=self.frames, silu=self.silu, out=planar(y),
+        )  # fmt: skip
+        return y if self.silu or self.act is None else self.act(y)
+
+
+def planar(x: Tensor) -> Tensor:
+    """``[N, P, C]`` as the norm operators take it: ``[N, C, 1, P]``."""
+    return x.permute(0, 2, 1).unsqueeze(2)
 
 
 def unfused_norm(name: str, norm: nn.Module, act: nn.Module | None) -> list[str]:

@@ -8,24 +8,36 @@ from typing import Any
 
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from accelrt import ops
 
-from .attention import CrossAttention, attention_reason, self_attention
-from .base import Group
+from .attention import CrossAttention, attend, attention_reason, self_attention
+from .base import Group, Status
+from .image_conditioning import ImageConditioning, mixes_images, unsliceable
 from .norms import GroupNormAct, unfused_norm
 from .recognise import is_plain_conv, is_plain_linear, is_pointwise_conv
 from .slicing import slice_length
-from .state import Context, State, channels_last, empty_images, tokens
-from .transformer_block import BlockRunner, block_parts, block_reason
+from .state import State, channels_last, empty_images, tokens
+from .transformer_block import (
+    BlockRunner,
+    block_parts,
+    block_reason,
+    chunking_reason,
+    remark_chunking,
+)
 
 Attend = Callable[[Tensor, int, int], Tensor]
 RunBlock = Callable[[Tensor, int, int], Tensor]
 
 
 class SpatialTransformerGroup(Group):
-    """``Transformer2DModel`` on continuous input: every image attends to itself."""
+    """``Transformer2DModel`` on continuous input: every image attends to itself.
+
+    Conditioning that has one row per image is sliced with the images: the context, the
+    embeddings of an IP-Adapter, masks of the keys. Other conditioning, and layers that
+    may look at the whole batch, see all images at once.
+    """
 
     axis = "frames"
     classes = (Transformer2DModel,)
@@ -35,20 +47,26 @@ class SpatialTransformerGroup(Group):
         return self.config.frames_per_slice
 
     def unrecognised(self) -> str:
-        """Besides hooks: other kinds of input, and forward chunking."""
+        """Besides hooks: other kinds of input, and chunks of an unknown feed-forward."""
         reason = super().unrecognised()
         if reason:
             return reason
         module: Any = self.module
         if not module.is_input_continuous:
             return "the input is not continuous"
-        if any(getattr(block, "_chunk_size", None) is not None for block in self._blocks()):
-            return "forward chunking is enabled"
-        return ""
+        return next(filter(None, map(chunking_reason, self._blocks())), "")
 
-    def _blocks(self) -> list[nn.Module]:
+    def _blocks(self) -> list[Any]:
         module: Any = self.module
         return list(module.transformer_blocks)
+
+    def _together(self) -> str:
+        """Why all images must pass in one slice; empty if they need not."""
+        for index, block in enumerate(self._blocks()):
+            reason = mixes_images(block)
+            if reason:
+                return f"block {index}: {reason}, so they pass together"
+        return ""
 
     def unfused(self) -> list[str]:
         """Norms, blocks and attention layers that are not recognised."""
@@ -58,28 +76,20 @@ class SpatialTransformerGroup(Group):
             reason = block_reason(block)
             parts = [reason] if reason else block_parts(block)
             remarks += [f"block {index}: {part}" for part in parts]
-        return remarks
+        together = self._together()
+        return [*remarks, together] if together else remarks
 
-    @staticmethod
-    def _call_blocks(context: Context, images: int) -> str:
-        """Why this call's conditioning cannot be sliced surely."""
-        if context.attention_mask is not None:
-            return "an attention mask was given"
-        if context.cross_attention_kwargs:
-            return "cross_attention_kwargs were given"
-        if context.full is None:
-            return ""
-        if not isinstance(context.full, Tensor):
-            return "the conditioning is a tuple (IP-Adapter)"
-        if context.full.dim() != 3 or context.full.shape[0] != images:
-            return f"the context {tuple(context.full.shape)} has not one row per image"
-        return ""
+    def status(self) -> Status:
+        """Also says that ``ff_rows`` takes the place of forward chunking."""
+        status = super().status()
+        return remark_chunking(status, self._blocks())
 
     def run(self, state: State) -> None:
         """``[N, C, H, W]`` to the same shape."""
         x = state.take()
         context = state.context
-        reason = self.unrecognised() or self._call_blocks(context, x.shape[0])
+        images, _, height, width = x.shape
+        reason = self.unrecognised() or unsliceable(context, images, height * width)
         if reason:
             self.left_alone = reason
             module: Any = self.module
@@ -88,6 +98,7 @@ class SpatialTransformerGroup(Group):
                 encoder_hidden_states=context.full,
                 cross_attention_kwargs=context.cross_attention_kwargs,
                 attention_mask=context.attention_mask,
+                encoder_attention_mask=context.encoder_attention_mask,
                 return_dict=False,
             )[0]
             state.hidden = channels_last(y)
@@ -101,10 +112,13 @@ class SpatialTransformerGroup(Group):
         inner = module.inner_dim
         widest = height * width * max(channels, inner) * x.element_size()
         n = slice_length(images, self.config.frames_per_slice, widest, self.config, x.device)
+        if n < images and self._together():
+            n = images
         self.measured(n, images)
 
         norm = GroupNormAct(module.norm, None, x.dtype, self.config.fuse)
-        blocks = [self._block(block, state, x) for block in self._blocks()]
+        given = ImageConditioning.of(state.context, x.dtype)
+        blocks = [self._block(block, state, given, x) for block in self._blocks()]
         in_place = self.config.inplace and state.writable(x)
         out = x if in_place else empty_images(x, images, module.out_channels, height, width)
         source, target = tokens(x), tokens(out)
@@ -144,41 +158,70 @@ class SpatialTransformerGroup(Group):
         images = stream.view(stream.shape[0], height, width, -1).permute(0, 3, 1, 2)
         return tokens(channels_last(proj(images)))
 
-    def _block(self, block: Any, state: State, x: Tensor) -> RunBlock:
+    def _block(self, block: Any, state: State, given: ImageConditioning, x: Tensor) -> RunBlock:
         """How one transformer block runs on a slice, decided once per call."""
-        context = state.context
         if block_reason(block) or block.pos_embed is not None:
 
             def as_it_came(stream: Tensor, start: int, stop: int) -> Tensor:
-                sliced = None if context.full is None else context.full[start:stop]
-                y: Tensor = block(stream, encoder_hidden_states=sliced)
+                y: Tensor = block(
+                    stream,
+                    attention_mask=_rows(given.self_bias, start, stop),
+                    encoder_hidden_states=given.context(start, stop),
+                    encoder_attention_mask=_rows(given.cross_bias, start, stop),
+                    cross_attention_kwargs=given.kwargs or None,
+                )
                 return y.contiguous()
 
             return as_it_came
 
         runner = BlockRunner(block, self.config, x)
-        first = self._attention(block.attn1, None, state)
-        second = None
-        if block.attn2 is not None:
-            second = self._attention(block.attn2, context.full, state)
+        first = self._self_attention(block.attn1, given)
+        second = None if block.attn2 is None else self._cross_attention(block.attn2, state, given)
 
         def parts(stream: Tensor, start: int, stop: int) -> Tensor:
-            cross = None if second is None else partial(second, start=start, stop=stop)
-            runner(stream, partial(first, start=start, stop=stop), cross)
+            cross = None if second is None else _of_images(second, start, stop)
+            runner(stream, _of_images(first, start, stop), cross)
             return stream
 
         return parts
 
-    def _attention(self, attn: Any, full: Tensor | None, state: State) -> Callable[..., Tensor]:
+    def _self_attention(self, attn: Any, given: ImageConditioning) -> Attend:
+        bias = given.self_bias
         if attention_reason(attn) or not self.config.fuse:
-
-            def as_it_came(x: Tensor, start: int, stop: int) -> Tensor:
-                y: Tensor = attn(
-                    x, encoder_hidden_states=None if full is None else full[start:stop]
-                )
-                return y
-
-            return as_it_came
-        if full is None:
+            return lambda x, start, stop: attn(
+                x, attention_mask=_rows(bias, start, stop), **given.kwargs
+            )
+        if bias is None:
             return lambda x, start, stop: self_attention(attn, x)
-        return CrossAttention(attn, full, state.context.shared, state.frames)
+        return partial(_biased_self_attention, attn, bias)
+
+    def _cross_attention(self, attn: Any, state: State, given: ImageConditioning) -> Attend:
+        bias = given.cross_bias
+        known = not attention_reason(attn) and given.pictures is None
+        if not known or not self.config.fuse:
+            return lambda x, start, stop: attn(
+                x,
+                encoder_hidden_states=given.context(start, stop),
+                attention_mask=_rows(bias, start, stop),
+                **given.kwargs,
+            )
+        if given.text is None:
+            if bias is None:
+                return lambda x, start, stop: self_attention(attn, x)
+            return partial(_biased_self_attention, attn, bias)
+        return CrossAttention(attn, given.text, state.context.shared, state.frames, bias)
+
+
+def _biased_self_attention(attn: Any, bias: Tensor, x: Tensor, start: int, stop: int) -> Tensor:
+    """Self-attention of some images with their rows of a bias ``[N, 1 or S, S]``."""
+    return attend(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x), bias[start:stop, None])
+
+
+def _of_images(attend: Attend, start: int, stop: int) -> Callable[[Tensor], Tensor]:
+    """An attention layer of some images, as a function of their stream alone."""
+    return lambda x: attend(x, start, stop)
+
+
+def _rows(bias: Tensor | None, start: int, stop: int) -> Tensor | None:
+    """The bias of some images."""
+    return None if bias is None else bias[start:stop]

@@ -14,7 +14,7 @@ from accelrt.config import Config
 
 from .base import Group, StockGroup, container_reason
 from .mixing import image_only, mixer_reason, temporal_weight
-from .norms import unfused_norm
+from .norms import ClipNorm, planar, unfused_norm
 from .recognise import is_inactive_dropout, is_plain, is_silu, plain_norm
 from .resnet import ResnetGroup
 from .slicing import slice_length
@@ -107,9 +107,6 @@ class TemporalResnetGroup(Group):
         if reason:
             return reason
         block: Any = self.module
-        for name in ("norm1", "norm2"):
-            if not plain_norm(getattr(block, name), nn.GroupNorm, None):
-                return f"{name} over all frames and pixels is not a plain GroupNorm"
         for name in ("conv1", "conv2"):
             if not is_temporal_conv(getattr(block, name)):
                 return f"{name} is not a convolution along the frames alone"
@@ -120,18 +117,17 @@ class TemporalResnetGroup(Group):
         return ""
 
     def unfused(self) -> list[str]:
-        """The activation, if it is not SiLU."""
+        """Norms that are not plain, or an activation that is not SiLU."""
         block: Any = self.module
-        return unfused_norm("norms", block.norm1, block.nonlinearity)
+        return [
+            *unfused_norm("norm1", block.norm1, block.nonlinearity),
+            *unfused_norm("norm2", block.norm2, block.nonlinearity),
+        ]
 
     def run(self, state: State) -> None:
         """``[N, C, H, W]`` to the same shape."""
         x = state.take()
-        block: Any = self.module
         reason = self.unrecognised()
-        for name in ("norm1", "norm2"):
-            if not reason and not plain_norm(getattr(block, name), nn.GroupNorm, x.dtype):
-                reason = f"the weights of {name} are not {x.dtype}"
         if reason:
             self.left_alone = reason
             state.hidden = self._stock(state, x)
@@ -176,12 +172,11 @@ class TemporalResnetGroup(Group):
         weight = temporal_weight(self.mixer, state, x)
         in_place = config.inplace and state.writable(x)
         out = x if in_place else empty_images(x, *x.shape)
-        source, target = tokens(x), tokens(out)  # [N, H * W, C]
         for start in range(0, images, samples * frames):
             clip = slice(start, start + samples * frames)
             self._samples(
-                source[clip],
-                target[clip],
+                x[clip],
+                tokens(out)[clip],
                 None if rows is None else rows[clip],
                 weight if weight.shape[0] == 1 else weight[clip],
                 frames,
@@ -192,48 +187,40 @@ class TemporalResnetGroup(Group):
     def _samples(
         self, x: Tensor, out: Tensor, rows: Tensor | None, weight: Tensor, frames: int, p: int
     ) -> None:
-        """Some samples ``[b * T, P, C]``, ``p`` pixels at a time; ``out`` may be ``x``."""
+        """Some samples ``[b * T, C, H, W]``, ``p`` pixels at a time.
+
+        ``out`` is ``[b * T, H * W, C]`` and may be the memory of ``x``.
+        """
         block: Any = self.module
-        norm1, norm2 = block.norm1, block.norm2
-        pixels = x.shape[1]
-        stats = ops.group_norm_stats(_planar(x), norm1.num_groups, frames=frames)
+        images, _, height, width = x.shape
+        pixels = height * width
+        act = block.nonlinearity
+        first = ClipNorm(block.norm1, act, x, frames)
+        merge = plain_norm(block.norm2, nn.GroupNorm, x.dtype)
+        stats: Tensor | None = None
         hidden: Tensor | None = None
-        hidden_stats: Tensor | None = None
         for start in range(0, pixels, p):
-            normed = self._normed(norm1, x[:, start : start + p], stats, None, frames)
-            y = _along_frames(block.conv1, normed, frames)
-            del normed
-            hidden_stats = ops.group_norm_stats(
-                _planar(y), norm2.num_groups, add=rows, frames=frames,
-                out=hidden_stats, accumulate=hidden_stats is not None,
-            )  # fmt: skip
+            y = _along_frames(block.conv1, first(start, start + p), frames)
+            if merge:
+                stats = ops.group_norm_stats(
+                    planar(y), block.norm2.num_groups, add=rows, frames=frames,
+                    out=stats, accumulate=stats is not None,
+                )  # fmt: skip
             if p >= pixels:
                 hidden = y
                 break
             if hidden is None:
-                hidden = y.new_empty((y.shape[0], pixels, y.shape[2]))
+                hidden = y.new_empty((images, pixels, y.shape[2]))
             hidden[:, start : start + p] = y
         assert hidden is not None
-        assert hidden_stats is not None
+        del first
+        planes = hidden.view(images, height, width, -1).permute(0, 3, 1, 2)
+        second = ClipNorm(block.norm2, act, planes, frames, add=rows, stats=stats)
+        source = tokens(x)
         for start in range(0, pixels, p):
-            part = hidden[:, start : start + p]
-            y = self._normed(norm2, part, hidden_stats, rows, frames)
-            y = _along_frames(block.conv2, y, frames)
-            torch.addcmul(x[:, start : start + p], weight, y, out=out[:, start : start + p])
-
-    def _normed(
-        self, norm: nn.GroupNorm, x: Tensor, stats: Tensor, rows: Tensor | None, frames: int
-    ) -> Tensor:
-        """``act(norm(x + rows))`` of some pixels ``[N, P, C]``, in a contiguous tensor."""
-        block: Any = self.module
-        silu = is_silu(block.nonlinearity)
-        y = x.new_empty(x.shape)
-        ops.group_norm_apply(
-            _planar(x), stats, norm.num_groups, norm.weight, norm.bias, eps=norm.eps,
-            add=rows, frames=frames, silu=silu, out=_planar(y),
-        )  # fmt: skip
-        activated: Tensor = y if silu else block.nonlinearity(y)
-        return activated
+            part = slice(start, start + p)
+            y = _along_frames(block.conv2, second(start, start + p), frames)
+            torch.addcmul(source[:, part], weight, y, out=out[:, part])
 
 
 def is_temporal_conv(module: object) -> bool:
@@ -254,11 +241,6 @@ def is_temporal_conv(module: object) -> bool:
         and module.padding == (module.dilation[0] * (taps // 2), 0, 0)
         and module.padding_mode == "zeros"
     )
-
-
-def _planar(x: Tensor) -> Tensor:
-    """``[N, P, C]`` as the norm operators take it: ``[N, C, 1, P]``."""
-    return x.permute(0, 2, 1).unsqueeze(2)
 
 
 def _along_frames(conv: nn.Module, x: Tensor, frames: int) -> Tensor:

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
-from accelrt import ops
 from accelrt.config import Config
-from accelrt.groups import Group, State
+from accelrt.groups import State
 from accelrt.groups.base import StockGroup
 from accelrt.groups.dit_block import AdaLNBlockGroup
-from accelrt.groups.recognise import plain_norm
-from accelrt.groups.state import with_rows
+from accelrt.groups.modulated import ModulatedOutGroup, unpatchify
+from accelrt.groups.recognise import is_plain
 
 from .family import Family, register
 from .stages import Stage
@@ -31,48 +30,31 @@ class PatchEmbedGroup(StockGroup):
     def run(self, state: State) -> None:
         """``[B, C, H, W]`` to the residual stream ``[B, S, D]``."""
         state.hidden = self.module(state.inputs["hidden_states"])
+        if not is_plain(self.module, PatchEmbed):
+            state.hold(state.hidden)
 
 
-class DiTOutGroup(Group):
-    """Final modulated norm and projection of every token.
+class DiTOutGroup(ModulatedOutGroup):
+    """Final norm, modulated by the first block's embedding of timestep and class.
 
     Args:
-        name: as in :class:`Group`.
+        name: as in :class:`accelrt.groups.Group`.
         model: the model, of which only the parts are kept: a group that held the
             model would keep it alive.
-        config: as in :class:`Group`.
+        config: as in :class:`accelrt.groups.Group`.
     """
 
     def __init__(self, name: str, model: Any, config: Config) -> None:
-        super().__init__(name, model.norm_out, config)
+        super().__init__(name, model.norm_out, model.proj_out_2, config)
         self.embed = model.transformer_blocks[0].norm1
-        self.modulation = model.proj_out_1
-        self.projection = model.proj_out_2
+        self.source = model.proj_out_1
 
-    def unfused(self) -> list[str]:
-        """The norm, if it is not plain."""
-        if plain_norm(self.module, nn.LayerNorm, None):
-            return []
-        return [f"norm_out: {type(self.module).__name__} runs as it came"]
-
-    def run(self, state: State) -> None:
-        """``[B, S, D]`` to ``[B, S, patch * patch * C]``."""
-        norm: Any = self.module
-        x = state.take()
+    def modulation(self, state: State, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift, each ``[B or 1, D]``."""
         inputs = state.inputs
         emb = self.embed.emb(inputs["timestep"], inputs["class_labels"], hidden_dtype=x.dtype)
-        modulation: Tensor = self.modulation(F.silu(emb))
-        shift, scale = modulation.expand(x.shape[0], -1).chunk(2, dim=1)
-        fused = self.config.fuse and plain_norm(norm, nn.LayerNorm, x.dtype)
-        if fused and modulation.dtype == x.dtype:
-            overwrite = self.config.inplace and state.writable(x)
-            y = ops.layer_norm_modulate(
-                with_rows(x), norm.weight, norm.bias, scale=scale, shift=shift, eps=norm.eps,
-                out=x if overwrite and x.stride(-1) == 1 else None,
-            )  # fmt: skip
-        else:
-            y = norm(x) * (1 + scale[:, None]) + shift[:, None]
-        state.hidden = self.projection(y)
+        shift, scale = self.source(F.silu(emb)).chunk(2, dim=1)
+        return scale, shift
 
 
 class DiT(Family):
@@ -105,10 +87,7 @@ class DiT(Family):
         x = state.take()
         # The stock model takes every token grid for a square one; so must we.
         side = int(x.shape[1] ** 0.5)
-        patch, channels = dit.patch_size, dit.out_channels
-        x = x.reshape(shape=(-1, side, side, patch, patch, channels))
-        x = torch.einsum("nhwpqc->nchpwq", x)
-        output = x.reshape(shape=(-1, channels, side * patch, side * patch))
+        output = unpatchify(x, side, side, dit.patch_size, dit.out_channels)
         if not state.inputs["return_dict"]:
             return (output,)
         return Transformer2DModelOutput(sample=output)

@@ -1,0 +1,134 @@
+"""PixArt-alpha and -sigma: ``PixArtTransformer2DModel``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from torch import Tensor, nn
+
+from accelrt.config import Config
+from accelrt.groups import Context, State
+from accelrt.groups.base import StockGroup
+from accelrt.groups.modulated import ModulatedOutGroup, unpatchify
+from accelrt.groups.pixart_block import AdaLNSingleBlockGroup
+
+from .dit import PatchEmbedGroup
+from .family import Family, register
+from .stages import Stage
+
+
+class ModulationGroup(StockGroup):
+    """The embedding of timestep, resolution and aspect ratio, and the shared modulation."""
+
+    why = "an embedding"
+
+    def run(self, state: State) -> None:
+        """``temb`` ``[B, D]``, and ``extras["modulation"]`` ``[B, 6 * D]``."""
+        hidden, inputs = state.hidden, state.inputs
+        assert hidden is not None
+        state.extras["modulation"], state.temb = self.module(
+            inputs["timestep"],
+            inputs["added_cond_kwargs"],
+            batch_size=hidden.shape[0],
+            hidden_dtype=hidden.dtype,
+        )
+
+
+class CaptionGroup(StockGroup):
+    """The projection of the caption to the width of the stream."""
+
+    why = "an embedding"
+
+    def run(self, state: State) -> None:
+        """``context.full`` ``[B, L, E]`` to ``[B, L, D]``."""
+        hidden = state.hidden
+        assert hidden is not None
+        caption: Tensor = self.module(state.context.full)
+        # Where batches differ, the stock model deals the rows out anew; so must we.
+        state.context.full = caption.view(hidden.shape[0], -1, hidden.shape[-1])
+
+
+class PixArtOutGroup(ModulatedOutGroup):
+    """Final norm, modulated by the model's table, ``extras["table"]``, and the timestep."""
+
+    def modulation(self, state: State, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift, each ``[B or 1, D]``."""
+        table, temb = state.extras["table"], state.temb
+        assert temb is not None
+        shift, scale = (table[None] + temb[:, None].to(table.device)).to(x.device).unbind(1)
+        return scale, shift
+
+
+class PixArt(Family):
+    """Patch embedding and caption, adaLN-single blocks with cross-attention, modulated output."""
+
+    input_name = "hidden_states"
+
+    def declines(self, model: nn.Module, inputs: dict[str, Any]) -> str:
+        """Besides the usual reasons: what makes the stock model raise."""
+        reason = super().declines(model, inputs)
+        if reason:
+            return reason
+        pixart: Any = model
+        if inputs["hidden_states"].dim() != 4:
+            return "hidden_states is not [B, C, H, W]"
+        if pixart.use_additional_conditions and inputs["added_cond_kwargs"] is None:
+            return "added_cond_kwargs are missing"
+        return ""
+
+    def begin(self, model: nn.Module, inputs: dict[str, Any]) -> State:
+        """The caption as it was given, and both masks as biases."""
+        dtype = inputs["hidden_states"].dtype
+        context = Context(
+            full=inputs["encoder_hidden_states"],
+            attention_mask=_bias(inputs["attention_mask"], dtype),
+            encoder_attention_mask=_bias(inputs["encoder_attention_mask"], dtype),
+            cross_attention_kwargs=inputs["cross_attention_kwargs"],
+        )
+        extras = {"table": model.scale_shift_table}
+        return State(inputs, context=context, extras=extras)
+
+    def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
+        """The transformer blocks."""
+        blocks: Any = model.transformer_blocks
+        return blocks  # type: ignore[no-any-return]
+
+    def stages(self, model: nn.Module, config: Config) -> tuple[Stage, ...]:
+        """``embed``, ``blocks.0`` onwards, ``out``."""
+        pixart: Any = model
+        embed: list[StockGroup] = [
+            PatchEmbedGroup("pos_embed", pixart.pos_embed, config),
+            ModulationGroup("adaln_single", pixart.adaln_single, config),
+        ]
+        if pixart.caption_projection is not None:
+            embed.append(CaptionGroup("caption_projection", pixart.caption_projection, config))
+        result = [Stage("embed", tuple(embed))]
+        for i, block in enumerate(pixart.transformer_blocks):
+            group = AdaLNSingleBlockGroup(f"transformer_blocks.{i}", block, config)
+            result.append(Stage(f"blocks.{i}", (group,)))
+        out = PixArtOutGroup("norm_out", pixart.norm_out, pixart.proj_out, config)
+        result.append(Stage("out", (out,)))
+        return tuple(result)
+
+    def finish(self, model: nn.Module, state: State) -> Any:
+        """Put the patches of ``[B, S, patch * patch * C]`` back into an image."""
+        pixart: Any = model
+        patch = pixart.config.patch_size
+        height, width = (side // patch for side in state.inputs["hidden_states"].shape[-2:])
+        output = unpatchify(state.take(), height, width, patch, pixart.out_channels)
+        if not state.inputs["return_dict"]:
+            return (output,)
+        return Transformer2DModelOutput(sample=output)
+
+
+def _bias(mask: Any, dtype: Any) -> Any:
+    """A mask ``[B, K]`` (1 keeps) as a bias ``[B, 1, K]``; a bias as it is."""
+    if mask is None or mask.ndim != 2:
+        return mask
+    return ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
+
+
+register(PixArtTransformer2DModel, ("", PixArt()))

@@ -1,0 +1,218 @@
+"""Stable Video Diffusion: ``UNetSpatioTemporalConditionModel``."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_3d_blocks import (
+    CrossAttnDownBlockSpatioTemporal,
+    CrossAttnUpBlockSpatioTemporal,
+    DownBlockSpatioTemporal,
+    UNetMidBlockSpatioTemporal,
+    UpBlockSpatioTemporal,
+)
+from diffusers.models.unets.unet_spatio_temporal_condition import (
+    UNetSpatioTemporalConditionModel,
+    UNetSpatioTemporalConditionOutput,
+)
+from torch import Tensor, nn
+
+from accelrt.config import Config
+from accelrt.groups import Context, Group, State
+from accelrt.groups.base import StockGroup, container_reason
+from accelrt.groups.convolution import ConvInGroup, OutGroup
+from accelrt.groups.recognise import is_plain
+from accelrt.groups.sampling import DownsampleGroup, UpsampleGroup
+from accelrt.groups.spatio_temporal import SpatioTemporalTransformerGroup
+from accelrt.groups.temporal_resnet import resnet_containers, spatio_temporal_resnet
+
+from .family import Family, register
+from .stages import Stage
+from .unet_parts import PushGroup, StockDownGroup, StockMidGroup, StockUpGroup
+
+_DOWN = (DownBlockSpatioTemporal, CrossAttnDownBlockSpatioTemporal)
+_UP = (UpBlockSpatioTemporal, CrossAttnUpBlockSpatioTemporal)
+_MID = (UNetMidBlockSpatioTemporal,)
+
+
+class VideoEmbedGroup(StockGroup):
+    """Embedding of timestep and added ids, and the context, all with one row per sample.
+
+    Args:
+        name: as in :class:`Group`.
+        model: the model, kept by weak reference: it must not keep itself alive.
+        config: as in :class:`Group`.
+    """
+
+    why = "an embedding"
+
+    def __init__(self, name: str, model: Any, config: Config) -> None:
+        super().__init__(name, model.time_embedding, config)
+        self._model = weakref.ref(model)
+
+    def run(self, state: State) -> None:
+        """Fill ``state.temb`` and ``state.context``."""
+        unet: Any = self._model()
+        inputs = state.inputs
+        sample, timestep = inputs["sample"], inputs["timestep"]
+        if not torch.is_tensor(timestep):
+            dtype = torch.float64 if isinstance(timestep, float) else torch.int64
+            timestep = torch.tensor([timestep], dtype=dtype, device=sample.device)
+        elif timestep.dim() == 0:
+            timestep = timestep[None].to(sample.device)
+        batch = sample.shape[0]
+        temb = unet.time_embedding(unet.time_proj(timestep.expand(batch)).to(sample.dtype))
+        ids = unet.add_time_proj(inputs["added_time_ids"].flatten()).reshape(batch, -1)
+        state.temb = temb + unet.add_embedding(ids.to(temb.dtype))
+        state.context = Context(shared=inputs["encoder_hidden_states"])
+
+
+class _StockArguments:
+    """What stock blocks of this family are called with, beside the hidden states."""
+
+    module: nn.Module
+
+    def _arguments(self, state: State) -> dict[str, Any]:
+        arguments: dict[str, Any] = {
+            "temb": state.temb_per_image(),
+            "image_only_indicator": state.extras["image_only"],
+        }
+        context = state.context.shared
+        if getattr(self.module, "has_cross_attention", False) and context is not None:
+            rows = context.repeat_interleave(state.frames, dim=0)
+            arguments["encoder_hidden_states"] = rows
+        return arguments
+
+
+class StockVideoDownGroup(_StockArguments, StockDownGroup):
+    """A whole spatio-temporal down block."""
+
+
+class StockVideoMidGroup(_StockArguments, StockMidGroup):
+    """A whole spatio-temporal mid block."""
+
+
+class StockVideoUpGroup(_StockArguments, StockUpGroup):
+    """A whole spatio-temporal up block."""
+
+
+def _layer(name: str, block: Any, config: Config, index: int, *, joins: bool) -> list[Group]:
+    """ResNet block and transformer of one layer, which may have no transformer."""
+    resnet = block.resnets[index]
+    groups = spatio_temporal_resnet(f"{name}.resnets.{index}", resnet, config, joins=joins)
+    attentions = getattr(block, "attentions", None)
+    if attentions is not None:
+        groups.append(_transformer(name, block, config, index))
+    return groups
+
+
+def _transformer(name: str, block: Any, config: Config, index: int) -> Group:
+    path = f"{name}.attentions.{index}"
+    return SpatioTemporalTransformerGroup(path, block.attentions[index], config)
+
+
+def _down_stage(name: str, block: Any, config: Config) -> Stage:
+    if not is_plain(block, *_DOWN):
+        why = container_reason(block, _DOWN)
+        return Stage(name, (StockVideoDownGroup(name, block, config, why),))
+    groups: list[Group] = []
+    for i in range(len(block.resnets)):
+        groups += _layer(name, block, config, i, joins=False)
+        groups[-1] = PushGroup(groups[-1])
+    for i, module in enumerate(block.downsamplers or ()):
+        last = i == len(block.downsamplers) - 1
+        groups.append(DownsampleGroup(f"{name}.downsamplers.{i}", module, config, push=last))
+    return Stage(name, tuple(groups))
+
+
+def _mid_stage(block: Any, config: Config) -> Stage:
+    name = "mid_block"
+    if not is_plain(block, *_MID):
+        why = container_reason(block, _MID)
+        return Stage(name, (StockVideoMidGroup(name, block, config, why),))
+    groups = spatio_temporal_resnet(f"{name}.resnets.0", block.resnets[0], config)
+    for i in range(len(block.attentions)):
+        groups.append(_transformer(name, block, config, i))
+        resnet = block.resnets[i + 1]
+        groups += spatio_temporal_resnet(f"{name}.resnets.{i + 1}", resnet, config)
+    return Stage(name, tuple(groups))
+
+
+def _up_stage(name: str, block: Any, config: Config, final: bool) -> Stage:
+    if not is_plain(block, *_UP):
+        why = container_reason(block, _UP)
+        return Stage(name, (StockVideoUpGroup(name, block, config, why, final=final),))
+    groups: list[Group] = []
+    for i in range(len(block.resnets)):
+        groups += _layer(name, block, config, i, joins=True)
+    for i, module in enumerate(block.upsamplers or ()):
+        path = f"{name}.upsamplers.{i}"
+        groups.append(UpsampleGroup(path, module, config, to_skip=not final))
+    return Stage(name, tuple(groups))
+
+
+class UNetSpatioTemporal(Family):
+    """The UNet of Stable Video Diffusion: every layer has a spatial and a temporal half."""
+
+    def declines(self, model: nn.Module, inputs: dict[str, Any]) -> str:
+        """Also samples that are not videos, and contexts that are not one row per sample."""
+        sample, context = inputs["sample"], inputs["encoder_hidden_states"]
+        if isinstance(sample, Tensor) and sample.dim() != 5:
+            return f"sample has {sample.dim()} dimensions, not 5"
+        reason = super().declines(model, inputs)
+        if reason:
+            return reason
+        if not isinstance(context, Tensor) or context.dim() != 3:
+            return "encoder_hidden_states is not a tensor [B, L, D]"
+        if context.shape[0] != sample.shape[0]:
+            return f"{context.shape[0]} contexts for {sample.shape[0]} samples"
+        return ""
+
+    def begin(self, model: nn.Module, inputs: dict[str, Any]) -> State:
+        """Frames, and whether upsamplers must aim at the sizes of the skips."""
+        unet: Any = model
+        sample = inputs["sample"]
+        state = State(inputs, frames=sample.shape[1])
+        factor = 2**unet.num_upsamplers
+        state.extras["odd_size"] = any(size % factor for size in sample.shape[-2:])
+        state.extras["image_only"] = sample.new_zeros(sample.shape[:2])
+        return state
+
+    def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
+        """Down, mid and up blocks, and their ResNet blocks, which are two groups each."""
+        unet: Any = model
+        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+            yield block
+            yield from resnet_containers(block)
+
+    def stages(self, model: nn.Module, config: Config) -> tuple[Stage, ...]:
+        """``embed``, ``conv_in``, ``down_blocks.*``, ``mid_block``, ``up_blocks.*``, ``out``."""
+        unet: Any = model
+        conv_in = ConvInGroup("conv_in", unet.conv_in, config, push=True, frames_first=True)
+        stages = [
+            Stage("embed", (VideoEmbedGroup("time_embedding", unet, config),)),
+            Stage("conv_in", (conv_in,)),
+        ]
+        for i, block in enumerate(unet.down_blocks):
+            stages.append(_down_stage(f"down_blocks.{i}", block, config))
+        stages.append(_mid_stage(unet.mid_block, config))
+        for i, block in enumerate(unet.up_blocks):
+            final = i == len(unet.up_blocks) - 1
+            stages.append(_up_stage(f"up_blocks.{i}", block, config, final))
+        out = OutGroup(
+            "conv_out", unet.conv_out, config, norm=unet.conv_norm_out, act=unet.conv_act
+        )
+        return (*stages, Stage("out", (out,)))
+
+    def finish(self, model: nn.Module, state: State) -> Any:
+        """``[B * T, C, H, W]`` to ``[B, T, C, H, W]``."""
+        sample = state.take().unflatten(0, (-1, state.frames))
+        if not state.inputs["return_dict"]:
+            return (sample,)
+        return UNetSpatioTemporalConditionOutput(sample=sample)
+
+
+register(UNetSpatioTemporalConditionModel, ("", UNetSpatioTemporal()))
