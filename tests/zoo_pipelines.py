@@ -55,6 +55,8 @@ def _first(run: Callable[..., Any]) -> Callable[..., Tensor]:
 
         def __call__(self, **arguments: Any) -> Any:
             result = self.pipe(**arguments)
+            if isinstance(result, Tensor):  # Stable Video Diffusion returns no tuple
+                result = (result,)
             if not isinstance(result, tuple):
                 return result
             return type("Output", (), {"images": result[0], "frames": result[0]})

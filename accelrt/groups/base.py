@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -95,6 +96,17 @@ class Group(ABC):
         """Remember the slice length of this call for the summary."""
         self.length, self.total = length, total
         return length
+
+
+def by_name(module: nn.Module, known: type, **arguments: Any) -> Any:
+    """Call a module as it came: of the ``known`` class by position, else by name.
+
+    By position is what most stock blocks do and hooks expect; wrappers, such as those of
+    FreeNoise's split inference, tell the arguments apart by their names.
+    """
+    if type(module) is known:
+        return module(*arguments.values())
+    return module(**arguments)
 
 
 def container_reason(module: nn.Module, classes: tuple[type, ...]) -> str:

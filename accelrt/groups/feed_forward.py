@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
@@ -120,7 +119,7 @@ class FeedForwardRunner:
 
     def _add(self, y: Tensor, residual: Tensor, gate: Tensor | None) -> None:
         if gate is not None:
-            torch.addcmul(residual, gate[:, None, :], y, out=residual)
+            residual.addcmul_(gate[:, None, :], y)
         elif self.config.fuse:
             ops.residual_blend(residual, y, out=residual)
         else:

@@ -58,7 +58,7 @@ class MotionGroup(Group):
 
     def _blocks(self) -> list[nn.Module]:
         module: Any = self.module
-        return list(module.transformer_blocks)
+        return list(getattr(module, "transformer_blocks", ()))
 
     def unfused(self) -> list[str]:
         """The norm, blocks and layers that are not recognised."""

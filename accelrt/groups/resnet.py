@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from accelrt import ops
 from accelrt.config import Config
 
-from .base import Group
+from .base import Group, by_name
 from .norms import GroupNormAct, unfused_norm
 from .recognise import is_inactive_dropout, is_plain_conv, is_silu
 from .slicing import slice_length
@@ -92,16 +92,26 @@ class ResnetGroup(Group):
             x, x2 = self._freeu(state, x, x2)
         block: Any = self.module
         reason = self.unrecognised()
-        stray = state.temb is not None and block.time_emb_proj is None
-        if not reason and stray and block.time_embedding_norm == "default":
+        if not reason and state.temb is not None and self._drops_time():
             reason = "a time embedding without a projection"
         if reason:
             self.left_alone = reason
             full = x if x2 is None else torch.cat([x, x2], dim=1)
-            state.hidden = channels_last(block(full, state.temb_per_image()))
+            y = by_name(block, ResnetBlock2D, input_tensor=full, temb=state.temb_per_image())
+            state.hidden = channels_last(y)
             state.hold(state.hidden)
             return
         state.hidden = self._sliced(state, x, x2)
+
+    def _drops_time(self) -> bool:
+        """The stock block would add the bare embedding, which has the wrong width."""
+        block: Any = self.module
+        return block.time_emb_proj is None and block.time_embedding_norm == "default"
+
+    def _drops_time(self) -> bool:
+        """The stock block would add the bare embedding, which has the wrong width."""
+        block: Any = self.module
+        return block.time_emb_proj is None and block.time_embedding_norm == "default"
 
     def _time_rows(self, state: State) -> Tensor | None:
         """The projected time embedding ``[N, C]`` or ``[N, 2 C]``, one row per image."""

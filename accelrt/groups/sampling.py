@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from accelrt.config import Config
 
-from .base import Group, StockGroup
+from .base import Group, StockGroup, by_name
 from .slicing import slice_length
 from .state import State, channels_last, empty_images
 
@@ -32,7 +32,7 @@ class DownsampleGroup(StockGroup):
 
     def run(self, state: State) -> None:
         """``[N, C, H, W]`` to ``[N, C', H', W']``."""
-        x = channels_last(self.module(state.take()))
+        x = channels_last(by_name(self.module, Downsample2D, hidden_states=state.take()))
         if self.unrecognised():
             state.hold(x)
         if self.push:
@@ -77,7 +77,8 @@ class UpsampleGroup(Group):
         reason = self.unrecognised()
         if reason or module.norm is not None or module.use_conv_transpose:
             self.left_alone = reason or "a variant with a norm or a transposed convolution"
-            state.hidden = channels_last(module(x, size))
+            y = by_name(module, Upsample2D, hidden_states=x, output_size=size)
+            state.hidden = channels_last(y)
             state.hold(state.hidden)
             return
         images, channels, height, width = x.shape

@@ -58,7 +58,7 @@ class SpatialTransformerGroup(Group):
 
     def _blocks(self) -> list[Any]:
         module: Any = self.module
-        return list(module.transformer_blocks)
+        return list(getattr(module, "transformer_blocks", ()))
 
     def _together(self) -> str:
         """Why all images must pass in one slice; empty if they need not."""
@@ -93,8 +93,12 @@ class SpatialTransformerGroup(Group):
         if reason:
             self.left_alone = reason
             module: Any = self.module
+            # By name: FreeNoise's split inference tells arguments apart by their names.
+            first = (x,) if type(module) is Transformer2DModel else ()
+            named = {} if first else {"hidden_states": x}
             y = module(
-                x,
+                *first,
+                **named,
                 encoder_hidden_states=context.full,
                 cross_attention_kwargs=context.cross_attention_kwargs,
                 attention_mask=context.attention_mask,

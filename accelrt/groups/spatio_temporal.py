@@ -25,7 +25,7 @@ from .transformer_block import BlockRunner, block_parts, block_reason
 
 SpatialBlock = Callable[[Tensor, int, int], Tensor]
 TemporalBlock = Callable[[Tensor, Tensor], Tensor]
-Blend = Callable[[Tensor, Tensor, Tensor], None]
+Blend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class SpatioTemporalTransformerGroup(Group):

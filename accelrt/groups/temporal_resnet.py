@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.resnet import SpatioTemporalResBlock, TemporalResnetBlock
+from diffusers.models.resnet import AlphaBlender, SpatioTemporalResBlock, TemporalResnetBlock
 from torch import Tensor, nn
 
 from accelrt import ops
@@ -103,9 +104,11 @@ class TemporalResnetGroup(Group):
 
     def unrecognised(self) -> str:
         """Besides hooks: parts that do not treat every pixel alone."""
-        reason = super().unrecognised() or mixer_reason(self.mixer)
+        reason = super().unrecognised()
         if reason:
             return reason
+        if type(self.mixer) is not AlphaBlender:
+            return mixer_reason(self.mixer)
         block: Any = self.module
         for name in ("conv1", "conv2"):
             if not is_temporal_conv(getattr(block, name)):
@@ -117,11 +120,13 @@ class TemporalResnetGroup(Group):
         return ""
 
     def unfused(self) -> list[str]:
-        """Norms that are not plain, or an activation that is not SiLU."""
+        """Norms or a blend that are not plain, or an activation that is not SiLU."""
         block: Any = self.module
+        reason = mixer_reason(self.mixer)
         return [
             *unfused_norm("norm1", block.norm1, block.nonlinearity),
             *unfused_norm("norm2", block.norm2, block.nonlinearity),
+            *([f"time_mixer: {reason}"] if reason else []),
         ]
 
     def run(self, state: State) -> None:
@@ -169,23 +174,34 @@ class TemporalResnetGroup(Group):
         self.measured(p, pixels)
 
         rows = self._time_rows(state)
-        weight = temporal_weight(self.mixer, state, x)
+        indicator = image_only(state, x)
+        plain = not mixer_reason(self.mixer)
+        weight = temporal_weight(self.mixer, state, x) if plain else None
         in_place = config.inplace and state.writable(x)
         out = x if in_place else empty_images(x, *x.shape)
         for start in range(0, images, samples * frames):
             clip = slice(start, start + samples * frames)
-            self._samples(
-                x[clip],
-                tokens(out)[clip],
-                None if rows is None else rows[clip],
-                weight if weight.shape[0] == 1 else weight[clip],
-                frames,
-                p,
-            )
+            if weight is None:
+                blend = partial(self._mixed, indicator=indicator[start // frames :][:samples])
+            else:
+                own = weight if weight.shape[0] == 1 else weight[clip]
+                blend = partial(_weighted, weight=own, in_place=in_place)
+            sample_rows = None if rows is None else rows[clip]
+            self._samples(x[clip], tokens(out)[clip], sample_rows, blend, frames, p)
         return out
 
+    def _mixed(self, x: Tensor, y: Tensor, out: Tensor, *, indicator: Tensor) -> None:
+        """The blend by its own module, which hooks watch or load."""
+        out.copy_(self.mixer(x_spatial=x, x_temporal=x + y, image_only_indicator=indicator))
+
     def _samples(
-        self, x: Tensor, out: Tensor, rows: Tensor | None, weight: Tensor, frames: int, p: int
+        self,
+        x: Tensor,
+        out: Tensor,
+        rows: Tensor | None,
+        blend: Callable[[Tensor, Tensor, Tensor], None],
+        frames: int,
+        p: int,
     ) -> None:
         """Some samples ``[b * T, C, H, W]``, ``p`` pixels at a time.
 
@@ -220,7 +236,15 @@ class TemporalResnetGroup(Group):
         for start in range(0, pixels, p):
             part = slice(start, start + p)
             y = _along_frames(block.conv2, second(start, start + p), frames)
-            torch.addcmul(source[:, part], weight, y, out=out[:, part])
+            blend(source[:, part], y, out[:, part])
+
+
+def _weighted(x: Tensor, y: Tensor, out: Tensor, *, weight: Tensor, in_place: bool) -> None:
+    """``out = x + weight * y``; with ``in_place``, ``out`` is the memory of ``x``."""
+    if in_place:
+        out.addcmul_(weight, y)
+    else:
+        out.copy_(torch.addcmul(x, weight, y))
 
 
 def is_temporal_conv(module: object) -> bool:

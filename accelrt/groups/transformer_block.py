@@ -166,8 +166,9 @@ class SubLayers:
         dtype: torch.dtype,
         norms: tuple[str, ...] = ("norm1", "norm2", "norm3"),
     ) -> None:
-        self.block: Any = block
-        self.feed_forward = FeedForwardRunner(self.block.ff, config)
+        layers: Any = block
+        self.block = layers
+        self.feed_forward = FeedForwardRunner(layers.ff, config)
         self.norms = ResidualNorms(block, norms, dtype, config.fuse)
 
     def run(

@@ -209,7 +209,8 @@ class UNetSpatioTemporal(Family):
 
     def finish(self, model: nn.Module, state: State) -> Any:
         """``[B * T, C, H, W]`` to ``[B, T, C, H, W]``."""
-        sample = state.take().unflatten(0, (-1, state.frames))
+        images = state.take()
+        sample = images.view(-1, state.frames, *images.shape[1:])
         if not state.inputs["return_dict"]:
             return (sample,)
         return UNetSpatioTemporalConditionOutput(sample=sample)
