@@ -38,7 +38,7 @@ def randomise(model: nn.Module, seed: int = 0) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 1:
+            if parameter.dim() < 2:
                 is_scale = "norm" in name and name.endswith("weight")
                 parameter.copy_(1 + 0.3 * noise if is_scale else 0.3 * noise)
             else:

@@ -232,7 +232,11 @@ def test_free_noise(split: bool) -> None:
     kind, reason = groups["mid_block.motion_modules.0"]
     if split:
         assert kind == "untouched"
-        assert "SplitInferenceModule" in reason
+        assert "projections" in reason
+        for part in ("resnets.0", "attentions.0"):
+            kind, reason = groups[f"mid_block.{part}"]
+            assert kind == "untouched"
+            assert "SplitInferenceModule" in reason
     else:
         assert_sliced(groups)
         assert kind == "sliced"
