@@ -55,7 +55,7 @@ def _matrix() -> list[tuple[str, str, str]]:
         for j, dtype in enumerate(_DTYPES):
             if "36x60" in case:
                 if dtype != "float16" and ("t7" not in case or dtype == "bfloat16"):
-                    matrix.append((case, dtype, ("middle", "defaults")[j]))
+                    matrix.append((case, dtype, ("unfused", "defaults")[j]))
                 continue
             names = list(CONFIGS)
             steps = (0,) if dtype == "float16" else (0, 3)  # half precision is slow on a CPU

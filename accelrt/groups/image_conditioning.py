@@ -6,36 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers.models import attention_processor as processors
-from diffusers.models.attention import BasicTransformerBlock, FeedForward
-from torch import Tensor, nn
+from torch import Tensor
 
 from .state import Context
 
-# Processors that treat every image alone; others may look at the whole batch.
-_PER_IMAGE = (
-    processors.AttnProcessor,
-    processors.AttnProcessor2_0,
-    processors.FusedAttnProcessor2_0,
-    processors.SlicedAttnProcessor,
-    processors.XFormersAttnProcessor,
-    processors.CustomDiffusionAttnProcessor,
-    processors.CustomDiffusionAttnProcessor2_0,
-    processors.CustomDiffusionXFormersAttnProcessor,
-    processors.IPAdapterAttnProcessor,
-    processors.IPAdapterAttnProcessor2_0,
-    processors.IPAdapterXFormersAttnProcessor,
-)
-# Hooks of accelerate and diffusers that only move or cast weights and inputs.
-_PLACING_HOOKS = (
-    "AlignDevicesHook",
-    "CpuOffload",
-    "GroupOffloadingHook",
-    "LayerExecutionTrackerHook",
-    "LayerwiseCastingHook",
-    "LazyPrefetchGroupOffloadingHook",
-    "PeftInputAutocastDisableHook",
-)
 # Arguments of an attention layer that its block fills in.
 _TAKEN = ("hidden_states", "encoder_hidden_states", "attention_mask")
 
@@ -157,42 +131,3 @@ def _without_tensors(value: Any) -> bool:
     if isinstance(value, dict):
         return all(_without_tensors(item) for item in value.values())
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def mixes_images(block: nn.Module) -> str:
-    """Why all images must go through a block together; empty if it treats each alone.
-
-    A class that is not known may look at the whole batch: cross-frame attention does, and
-    so does perturbed-attention guidance, which tells its branches apart by their place.
-    """
-    for name, module, known in (
-        ("", block, BasicTransformerBlock),
-        ("attn1", getattr(block, "attn1", None), processors.Attention),
-        ("attn2", getattr(block, "attn2", None), processors.Attention),
-        ("ff", getattr(block, "ff", None), FeedForward),
-    ):
-        if module is None:
-            continue
-        where = f"{name}: " if name else ""
-        if type(module) is not known:
-            return f"{where}{type(module).__name__} may mix images"
-        if module._forward_hooks or module._forward_pre_hooks or _is_replaced(module):
-            return f"{where}a hook of {type(module).__name__} may want all images"
-        processor = getattr(module, "processor", None)
-        if processor is not None and type(processor) not in _PER_IMAGE:
-            return f"{where}{type(processor).__name__} may mix images"
-    return ""
-
-
-def _is_replaced(module: Any) -> bool:
-    """The instance has a forward that is not only offloading or casting."""
-    if "forward" not in module.__dict__:
-        return False
-    hooks: list[Any] = []
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None:
-        hooks += getattr(hook, "hooks", [hook])
-    registry = getattr(module, "_diffusers_hook", None)
-    if registry is not None:
-        hooks += registry.hooks.values()
-    return not hooks or any(type(hook).__name__ not in _PLACING_HOOKS for hook in hooks)

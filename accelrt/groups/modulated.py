@@ -14,7 +14,7 @@ from accelrt.config import Config
 from .attention import attention_reason
 from .base import Group
 from .feed_forward import FeedForwardRunner, activation_remark, feed_forward_reason
-from .image_conditioning import mixes_images
+from .independence import mixes
 from .recognise import plain_norm
 from .sample_attention import SampleAttention
 from .slicing import slice_length
@@ -70,7 +70,7 @@ class ModulatedBlockGroup(Group):
 
     def together(self) -> str:
         """Why all samples must pass in one slice; empty if they need not."""
-        reason = mixes_images(self.module)
+        reason = mixes(self.module)
         return f"{reason}, so all samples pass together" if reason else ""
 
     def unfused(self) -> list[str]:

@@ -13,6 +13,7 @@ from accelrt import ops
 
 from .attention import attention_reason, by_pixel, temporal_self_attention
 from .base import Group, Status
+from .independence import together
 from .norms import ClipNorm, unfused_norm
 from .recognise import is_plain_linear, is_row_wise
 from .slicing import slice_length
@@ -68,7 +69,8 @@ class MotionGroup(Group):
             reason = block_reason(block) or _temporal_reason(block)
             parts = [reason] if reason else block_parts(block)
             remarks += [f"block {index}: {part}" for part in parts]
-        return remarks
+        reason = together(self._blocks(), "pixels")
+        return [*remarks, reason] if reason else remarks
 
     def status(self) -> Status:
         """Also says that ``ff_rows`` takes the place of forward chunking."""
@@ -93,6 +95,8 @@ class MotionGroup(Group):
         pixels = height * width
         widest = images * max(channels, module.proj_in.out_features) * x.element_size()
         p = slice_length(pixels, self.config.pixels_per_slice, widest, self.config, x.device)
+        if p < pixels and together(self._blocks(), "pixels"):
+            p = pixels
         self.measured(p, pixels)
 
         norm = ClipNorm(module.norm, None, x, frames)

@@ -108,11 +108,6 @@ class ResnetGroup(Group):
         block: Any = self.module
         return block.time_emb_proj is None and block.time_embedding_norm == "default"
 
-    def _drops_time(self) -> bool:
-        """The stock block would add the bare embedding, which has the wrong width."""
-        block: Any = self.module
-        return block.time_emb_proj is None and block.time_embedding_norm == "default"
-
     def _time_rows(self, state: State) -> Tensor | None:
         """The projected time embedding ``[N, C]`` or ``[N, 2 C]``, one row per image."""
         block: Any = self.module

@@ -14,7 +14,8 @@ from accelrt import ops
 
 from .attention import CrossAttention, attend, attention_reason, self_attention
 from .base import Group, Status
-from .image_conditioning import ImageConditioning, mixes_images, unsliceable
+from .image_conditioning import ImageConditioning, unsliceable
+from .independence import together
 from .norms import GroupNormAct, unfused_norm
 from .recognise import is_plain_conv, is_plain_linear, is_pointwise_conv
 from .slicing import slice_length
@@ -62,11 +63,7 @@ class SpatialTransformerGroup(Group):
 
     def _together(self) -> str:
         """Why all images must pass in one slice; empty if they need not."""
-        for index, block in enumerate(self._blocks()):
-            reason = mixes_images(block)
-            if reason:
-                return f"block {index}: {reason}, so they pass together"
-        return ""
+        return together(self._blocks())
 
     def unfused(self) -> list[str]:
         """Norms, blocks and attention layers that are not recognised."""
@@ -76,8 +73,8 @@ class SpatialTransformerGroup(Group):
             reason = block_reason(block)
             parts = [reason] if reason else block_parts(block)
             remarks += [f"block {index}: {part}" for part in parts]
-        together = self._together()
-        return [*remarks, together] if together else remarks
+        reason = self._together()
+        return [*remarks, reason] if reason else remarks
 
     def status(self) -> Status:
         """Also says that ``ff_rows`` takes the place of forward chunking."""

@@ -15,6 +15,7 @@ from accelrt.config import Config
 
 from .attention import CrossAttention, attention_reason, rows_of_images, self_attention
 from .base import FUSED, Group, Status
+from .independence import together
 from .mixing import image_only, mixer_reason, spatial_weight
 from .norms import GroupNormAct, unfused_norm
 from .recognise import has_plain_weights, is_plain_linear, is_row_wise
@@ -79,7 +80,16 @@ class SpatioTemporalTransformerGroup(Group):
             parts = [reason] if reason else temporal_block_parts(block)
             remarks += [f"temporal block {index}: {part}" for part in parts]
         reason = mixer_reason(module.time_mixer)
-        return [*remarks, *([f"time_mixer: {reason}"] if reason else [])]
+        remarks += [f"time_mixer: {reason}"] if reason else []
+        return [*remarks, *filter(None, self._together())]
+
+    def _together(self) -> tuple[str, str]:
+        """Why all images, and all pixels, must pass in one slice; empty if they need not."""
+        module: Any = self.module
+        return (
+            together(module.transformer_blocks),
+            together(module.temporal_transformer_blocks, "pixels", "temporal block"),
+        )
 
     def status(self) -> Status:
         """Also the slices of the temporal half, and what became of forward chunking."""
@@ -122,6 +132,10 @@ class SpatioTemporalTransformerGroup(Group):
         size = max(channels, module.inner_dim) * x.element_size()
         n = slice_length(images, config.frames_per_slice, pixels * size, config, x.device)
         p = slice_length(pixels, config.pixels_per_slice, images * size, config, x.device)
+        if n < images or p < pixels:
+            whole_images, whole_pixels = self._together()
+            n = images if whole_images else n
+            p = pixels if whole_pixels else p
         self.measured(n, images)
         self.pixels = (p, pixels)
 
