@@ -28,11 +28,13 @@ class Config:
     Args:
         frames_per_slice: images (batch times frames) in one slice of a spatial group:
             ResNet blocks, spatial transformers, upsamplers, the output convolution.
-        pixels_per_slice: pixels in one slice of a motion module, each with all its
-            frames and samples.
+        pixels_per_slice: pixels in one slice of a motion module or of the temporal half
+            of a block, each with all its frames and samples.
         ff_rows: tokens in one slice of a feed-forward layer.
-        samples_per_slice: batch samples in one slice of an image transformer (DiT).
-        vae_images: images that go through the VAE encoder or decoder together.
+        samples_per_slice: batch samples in one slice of an image transformer (DiT,
+            PixArt), or of the buffer of a temporal ResNet block.
+        vae_images: images that go through the VAE encoder or decoder together; of the
+            video VAE's decoder whole videos, at least one.
         slice_mib: size in MiB that ``None`` lengths aim at; ``None`` means 8 on the CPU
             (about a last-level cache) and 64 on a GPU (long enough to hide launches).
         inplace: groups may write over inputs that nothing else needs.
