@@ -197,9 +197,7 @@ def _temporal_by_permutation(
     return y.reshape(batch, frames, pixels, width)
 
 
-def by_pixel(
-    module: Any, x: Tensor, frames: int, context: Tensor | None = None, **options: Any
-) -> Tensor:
+def by_pixel(module: Any, x: Tensor, frames: int, context: Tensor | None = None) -> Tensor:
     """Call a stock module on ``[B * P, T, D]``, the layout it expects.
 
     Args:
@@ -207,11 +205,11 @@ def by_pixel(
         x: ``[B * T, P, D]``.
         frames: ``T``.
         context: ``[B, L, E]`` for cross-attention, one row per sample.
-        options: other arguments of the call.
     """
     _, pixels, width = x.shape
     moved = x.reshape(-1, frames, pixels, width).transpose(1, 2)  # [B, P, T, D]
+    arguments: dict[str, Tensor] = {}
     if context is not None:
-        options["encoder_hidden_states"] = context.repeat_interleave(pixels, dim=0)
-    y: Tensor = module(moved.flatten(0, 1), **options)
+        arguments["encoder_hidden_states"] = context.repeat_interleave(pixels, dim=0)
+    y: Tensor = module(moved.flatten(0, 1), **arguments)
     return y.reshape(-1, pixels, frames, width).transpose(1, 2).flatten(0, 1)
