@@ -3,10 +3,11 @@
 #   make demo    a video and a grid of images, stock against accelrt, with a report
 #   make test    the whole test suite
 #   make bench   the operators against eager and torch.compile
+#   make bench-models    the published models at full size, stock against accelrt (an hour or more on a CPU)
 #   make lint    ruff, mypy, clang-format
 #
 # Variables: PYTHON, VENV, TORCH (the torch requirement), ACCELRT_CUDA (auto, 0, 1),
-# ACCELRT_CUDA_ARCHS, WORKERS (test processes), ARGS (passed on to pytest, or to `accelrt demo`).
+# ACCELRT_CUDA_ARCHS, WORKERS (test processes), ARGS (passed on to pytest, or to `accelrt`).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +27,7 @@ SOURCES := $(shell find csrc bindings -type f) CMakeLists.txt setup.py pyproject
 FORMATTED := $(shell find csrc bindings tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built-cuda-$(ACCELRT_CUDA)
 
-.PHONY: all setup demo test bench lint format clean
+.PHONY: all setup demo test bench bench-models lint format clean
 
 all: setup
 
@@ -59,6 +60,9 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+bench-models: setup
+	$(BIN)/accelrt bench --model all --out benchmarks/results $(ARGS)
 
 $(VENV)/.lint: $(VENV)/.dependencies
 	$(PIP) install -q --group lint

@@ -5,7 +5,9 @@
 #
 # Needs torch >= 2.11 with CUDA, nvcc, cmake, ninja, pybind11, pytest and pytest-benchmark in
 # the current Python; tests that need diffusers are left out, and said so, where it is missing.
-# Writes to OUT (default: out/device): build.log, tests.log, ops-*.json and a Markdown table.
+# Writes to OUT (default: out/device): build.log, tests.log, ops-*.json and models-cuda.json, each
+# with a Markdown table. The models come last and get the time that is left; their results are
+# written one by one.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:-out/device}" && cd "${1:-out/device}" && pwd)
@@ -43,6 +45,16 @@ timeout 200 $python -m pytest benchmarks/ops --bench-save --bench-dtypes "${BENC
   > "$out/bench.log" 2>&1 || status=1
 grep -E '^\|' "$out/bench.log"
 cp benchmarks/results/ops-*.json benchmarks/results/ops-*.md "$out"/ 2> /dev/null
+
+step "models"
+if $python -c 'import diffusers, typer, rich, yaml' 2> /dev/null; then
+  timeout $((SECONDS < 500 ? 530 - SECONDS : 30)) $python -m accelrt bench --model all \
+    --device cuda --repeats 5 --out "$out" > "$out/models.log" 2>&1 ||
+    { status=1; tail -n 20 "$out/models.log"; }
+  cat "$out/models-cuda.md"
+else
+  echo "diffusers, typer, rich or PyYAML is not installed: no models are measured"
+fi
 
 step "done, status $status"
 exit $status

@@ -7,14 +7,15 @@ from typing import Annotated
 import typer
 
 import accelrt
+from accelrt.cli.bench import bench
 from accelrt.cli.demo import demo
 from accelrt.cli.doctor import doctor
 from accelrt.cli.errors import set_debug
 
 EPILOG = (
     "Exit codes: 0 done; 1 the finding is negative (`doctor`: not usable here; `demo`: an "
-    "unwrapped pipeline differs from the stock one); 2 wrong arguments, missing files or an "
-    "unsupported model; 130 interrupted."
+    "unwrapped pipeline differs from the stock one; `bench`: an error is above the rule's "
+    "bound); 2 wrong arguments, missing files or an unsupported model; 130 interrupted."
 )
 
 app = typer.Typer(
@@ -51,6 +52,10 @@ app.command(
     epilog="Exit codes: 0 done; 1 an unwrapped pipeline differs from the stock one; "
     "2 wrong arguments, missing files or an unsupported model."
 )(demo)
+app.command(
+    epilog="Exit codes: 0 done; 1 a wrapped model's error is above the rule's bound; "
+    "2 wrong arguments or an unsupported model."
+)(bench)
 
 
 def main() -> None:

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DiTTransformer2DModel, UNetMotionModel
 
 import accelrt
+from accelrt.benchmarking import models
+from accelrt.benchmarking.models import ModelCase, Run
+from accelrt.benchmarking.weights import on_meta, share
 from accelrt.memory import track_peak
 
 DTYPE = torch.bfloat16
@@ -42,72 +44,37 @@ def _fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any
     return out.transpose(1, 2)
 
 
-def _meta(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=DTYPE, device="meta")
-
-
-def motion_unet(frames: int, height: int, width: int) -> tuple[Any, Callable[[], Any]]:
-    """AnimateDiff with guidance batched: two samples."""
-    with torch.device("meta"):
-        model = UNetMotionModel(cross_attention_dim=768).eval().to(DTYPE)
-    x, context = _meta(2, 4, frames, height, width), _meta(2 * frames, 77, 768)
-    t = torch.ones(2, device="meta")
-    return model, lambda: model(x, t, context)
-
-
-def dit(size: int) -> tuple[Any, Callable[[], Any]]:
-    """DiT-XL/2 with guidance batched."""
-    with torch.device("meta"):
-        model = DiTTransformer2DModel(sample_size=size, out_channels=8).eval().to(DTYPE)
-    x = _meta(2, 4, size, size)
-    t = torch.ones(2, dtype=torch.long, device="meta")
-    return model, lambda: model(x, timestep=t, class_labels=t)
-
-
-def vae(frames: int, size: int) -> tuple[Any, Callable[[], Any]]:
-    """The decoder of Stable Diffusion 1.5."""
-    with torch.device("meta"):
-        model = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-        )
-        model = model.eval().to(DTYPE)
-    z = _meta(frames, 4, size, size)
-    return model, lambda: model.decode(z)
-
-
-CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
-    "AnimateDiff UNet, 16 frames 512x512": (motion_unet, (16, 64, 64)),
-    "AnimateDiff UNet, 16 frames 576x1024": (motion_unet, (16, 72, 128)),
-    "DiT-XL/2 256x256": (dit, (32,)),
-    "DiT-XL/2 512x512": (dit, (64,)),
-    "SD VAE decode, 16 frames 512x512": (vae, (16, 64)),
+CASES: dict[str, Callable[[], ModelCase]] = {
+    "AnimateDiff UNet, 16 frames 512x512": lambda: models.animatediff(16, 64, 64),
+    "AnimateDiff UNet, 16 frames 576x1024": lambda: models.animatediff(16, 72, 128),
+    "SVD UNet, 14 frames 576x1024": lambda: models.svd(14, 72, 128),
+    "Stable Diffusion 1.5 UNet 512x512": lambda: models.unet2d(64),
+    "DiT-XL/2 256x256": lambda: models.dit(32),
+    "DiT-XL/2 512x512": lambda: models.dit(64),
+    "PixArt-XL/2 512x512": lambda: models.pixart(64, 120),
+    "PixArt-XL/2 1024x1024": lambda: models.pixart(128, 300),
+    "SD VAE decode, 16 frames 512x512": lambda: models.vae(16, 64),
+    "SVD VAE decode, 14 frames 576x1024": lambda: models.svd_vae(14, 72, 128),
 }
 
 
 @torch.no_grad()
-def measure(call: Callable[[], Any]) -> float:
+def measure(run: Run, model: Any, inputs: dict[str, Any]) -> float:
     """Peak MiB of live activations."""
     with track_peak() as tracker:
-        call()
+        run(model, inputs)
     return tracker.peak_bytes / 2**20
 
 
-def measure_with_flags(model: Any, call: Callable[[], Any]) -> float | None:
-    """Peak of the stock model with its own exact switches on; None where it has none."""
-    if isinstance(model, AutoencoderKL):
-        model.enable_slicing()
-        peak = measure(call)
-        model.disable_slicing()
-        return peak
-    if isinstance(model, UNetMotionModel):
-        model.enable_forward_chunking(1, dim=1)  # feed-forward token by token
-        peak = measure(call)
-        model.disable_forward_chunking()
-        return peak
-    return None
+def measure_with_switches(case: ModelCase, model: Any, inputs: dict[str, Any]) -> float | None:
+    """Smallest peak of the stock model with its own exact switches on; None if it has none."""
+    peaks = []
+    for switches in case.switches:
+        if switches.exact:
+            other = share(model)
+            switches.apply(other)
+            peaks.append(measure(switches.run or case.run, other, inputs))
+    return min(peaks, default=None)
 
 
 def main() -> None:
@@ -118,13 +85,14 @@ def main() -> None:
     def cell(value: float | None) -> str:
         return "" if value is None else f"{value:.1f}"
 
-    for name, (make, arguments) in CASES.items():
-        model, call = make(*arguments)
-        row: dict[str, Any] = {"case": name, "stock": measure(call)}
-        row[FLAGS] = measure_with_flags(model, call)
+    for name, make in CASES.items():
+        case = make()
+        model, inputs = on_meta(case.build, DTYPE), case.inputs(DTYPE, "meta")
+        row: dict[str, Any] = {"case": name, "stock": measure(case.run, model, inputs)}
+        row[FLAGS] = measure_with_switches(case, model, inputs)
         for title, settings in SETTINGS.items():
             accelrt.wrap(model, **settings)
-            row[title] = measure(call)
+            row[title] = measure(case.run, model, inputs)
             accelrt.unwrap(model)
         rows.append(row)
         print(row, file=sys.stderr)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CASES, Case
-from harness import copies_for_cold_cache, interleave, ratio
+
+from accelrt.benchmarking.timing import copies_for_cold_cache, interleave, ratio
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

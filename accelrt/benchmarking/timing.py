@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,12 +40,27 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def calls_per_round(variants: Sequence[Thunk], device: str, slice_seconds: float) -> int:
+    """How often to call an implementation so that it runs for about ``slice_seconds``."""
+    for thunk in variants:
+        thunk()
+    synchronise(device)
+    start = time.perf_counter()
+    for thunk in variants:
+        thunk()
+    synchronise(device)
+    once = (time.perf_counter() - start) / len(variants)
+    return max(1, min(1000, round(slice_seconds / max(once, 1e-7) / len(variants))))
+
+
 def interleave(
-    thunks: dict[str, Sequence[Thunk]],
+    thunks: Mapping[str, Sequence[Thunk]],
     *,
     device: str = "cpu",
     rounds: int = 7,
     slice_seconds: float = 0.03,
+    calls: Mapping[str, int] | None = None,
+    on_call: Callable[[str, int], None] | None = None,
 ) -> dict[str, Timing]:
     """Time the implementations in turn.
 
@@ -55,28 +70,26 @@ def interleave(
         device: where the work runs.
         rounds: measured rounds, after one that is not counted.
         slice_seconds: roughly how long each implementation runs in a round.
+        calls: how often an implementation is called in a round, for those that ran
+            before and are known to take long; they get no uncounted round.
+        on_call: called as ``on_call(name, round)`` before each measurement, from round 0.
     """
-    calls: dict[str, int] = {}
+    number = dict(calls or {})
     for name, variants in thunks.items():
-        for thunk in variants:
-            thunk()
-        synchronise(device)
-        start = time.perf_counter()
-        for thunk in variants:
-            thunk()
-        synchronise(device)
-        once = (time.perf_counter() - start) / len(variants)
-        calls[name] = max(1, min(1000, round(slice_seconds / max(once, 1e-7) / len(variants))))
+        if name not in number:
+            number[name] = calls_per_round(variants, device, slice_seconds)
     seconds: dict[str, list[float]] = {name: [] for name in thunks}
-    for _ in range(rounds):
+    for index in range(rounds):
         for name, variants in thunks.items():
+            if on_call is not None:
+                on_call(name, index)
             synchronise(device)
             start = time.perf_counter()
-            for _ in range(calls[name]):
+            for _ in range(number[name]):
                 for thunk in variants:
                     thunk()
             synchronise(device)
-            seconds[name].append((time.perf_counter() - start) / (calls[name] * len(variants)))
+            seconds[name].append((time.perf_counter() - start) / (number[name] * len(variants)))
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 

@@ -1,0 +1,1 @@
+"""Measuring models and operators: paired, interleaved, within one run."""

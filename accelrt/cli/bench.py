@@ -1,0 +1,245 @@
+"""``accelrt bench``: full-size models with random weights, stock against accelrt."""
+
+from __future__ import annotations
+
+import enum
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from accelrt.benchmarking.progress import Progress
+from accelrt.cli.demo import Device, Dtype
+from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
+from accelrt.config import Config
+
+if TYPE_CHECKING:
+    from accelrt.benchmarking.measure import Settings
+    from accelrt.benchmarking.results import Measurement
+
+
+class Model(str, enum.Enum):
+    """What is measured."""
+
+    svd = "svd"
+    pixart = "pixart"
+    dit = "dit"
+    animatediff = "animatediff"
+    unet2d = "unet2d"
+    vae = "vae"
+    svd_vae = "svd-vae"
+    all = "all"
+
+
+class Size(str, enum.Enum):
+    """The published configuration, or one for a trial."""
+
+    full = "full"
+    tiny = "tiny"
+
+
+class Truth(str, enum.Enum):
+    """Precision of the forward that errors are taken against."""
+
+    fp32 = "fp32"
+    fp64 = "fp64"
+
+
+@user_errors
+def bench(
+    model: Annotated[list[Model], typer.Option(help="What to measure; may be given repeatedly.")],
+    dtype: Annotated[Dtype, typer.Option(help="Precision.")] = Dtype.bf16,
+    device: Annotated[
+        Device, typer.Option(help="auto: a GPU that this build has code for, else the CPU.")
+    ] = Device.auto,
+    size: Annotated[
+        Size, typer.Option(help="full: the published one; tiny: for a trial of the command.")
+    ] = Size.full,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 3,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; default: torch's number.")
+    ] = None,
+    truth: Annotated[
+        Truth | None,
+        typer.Option(
+            help="Precision of the truth for errors; default: fp32, with --dtype fp32 fp64."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Settings of the wrap: YAML or JSON.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+    tuned_malloc: Annotated[
+        bool | None,
+        typer.Option(
+            help="Time stock and accelrt once more in a process whose malloc keeps freed memory; "
+            "default: on Linux, on the CPU."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write JSON, and a Markdown table beside it; into a folder: models-DEVICE.json.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of the table.")
+    ] = False,
+) -> None:
+    """Measure published models with random weights: one forward, stock against accelrt.
+
+    Time, model FLOP utilisation (against a large matrix product of the same run), peak
+    memory and error, each also for the stock model with its memory switches on. A
+    forward is one denoising step with guidance batched, or one decode.
+    """
+    import torch
+
+    from accelrt.benchmarking.measure import check, measure
+    from accelrt.benchmarking.models import SIZES
+    from accelrt.benchmarking.tuned import tuned_rates
+    from accelrt.cli.scenarios import choose_device
+    from accelrt.reporting.environment import inspect_environment
+
+    where = choose_device(device.value)
+    if tuned_malloc is None:
+        tuned_malloc = where == "cpu" and sys.platform == "linux"
+    elif tuned_malloc and where != "cpu":
+        raise ValueError(f"--tuned-malloc goes with --device cpu; the device is {where}")
+    settings = _settings(dtype, where, size, repeats, truth, config, seed)
+    target = _target(out, where)
+    environment = inspect_environment()
+    if not environment.build["loaded"]:
+        raise ImportError(environment.statements[0])
+    if threads is not None:
+        torch.set_num_threads(threads)
+    cases = SIZES[size.value]
+    names = list(cases) if Model.all in model else list(dict.fromkeys(m.value for m in model))
+    for name in names:
+        check(cases[name](), settings.config)
+    document: dict[str, Any] = {"environment": environment.to_dict(), "models": []}
+    results: list[Measurement] = []
+    console = Console(stderr=True)
+    for name in names:
+        with Reporter(console, name) as reporter:
+            tuned = tuned_rates if tuned_malloc else None
+            results.append(measure(name, settings, progress=reporter, tuned=tuned))
+        document["models"] = [result.to_dict() for result in results]
+        if target is not None:  # after each model: a long run may be interrupted
+            _write(target, document, results)
+    if as_json:
+        typer.echo(json.dumps(document, indent=1))
+    else:
+        _show(results, target, Console())
+    if not all(result.within for result in results):
+        raise typer.Exit(EXIT_NEGATIVE)
+
+
+class Reporter(Progress):
+    """Shows what runs, and leaves a line with the time of each phase.
+
+    Args:
+        console: where to, normally that of stderr.
+        name: of the model.
+    """
+
+    def __init__(self, console: Console, name: str) -> None:
+        self.console = console
+        self.name = name
+        self.phase = ""
+        self.status = console.status(name)
+
+    def __enter__(self) -> Reporter:
+        self.status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.status.stop()
+
+    def begin(self, phase: str) -> None:
+        """A phase begins."""
+        self.phase = phase
+        self.status.update(escape(f"{self.name}: {phase}"))
+
+    def call(self, what: str) -> None:
+        """A call inside of the phase begins."""
+        self.status.update(escape(f"{self.name}: {self.phase}: {what}"))
+
+    def end(self, phase: str, seconds: float) -> None:
+        """A phase is done."""
+        self.console.print(f"{self.name}: {phase} took {seconds:.1f} s", highlight=False)
+
+
+def _settings(
+    dtype: Dtype,
+    device: str,
+    size: Size,
+    repeats: int,
+    truth: Truth | None,
+    config: Path | None,
+    seed: int,
+) -> Settings:
+    from accelrt.benchmarking.measure import Settings
+
+    if truth is None:
+        truth = Truth.fp64 if dtype is Dtype.fp32 else Truth.fp32
+    return Settings(
+        size=size.value,
+        dtype=dtype.value,
+        truth=truth.value,
+        device=device,
+        repeats=repeats,
+        seed=seed,
+        config=Config() if config is None else Config.from_file(config),
+    )
+
+
+def _target(out: Path | None, device: str) -> Path | None:
+    """The JSON file; checked before any work."""
+    if out is None:
+        return None
+    if out.is_dir():
+        return out / f"models-{device}.json"
+    if out.suffix != ".json":
+        raise ValueError(f"--out is {out}; allowed: a .json file, or an existing folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _write(target: Path, document: dict[str, Any], results: Sequence[Measurement]) -> None:
+    from accelrt.benchmarking.tables import markdown
+
+    target.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    target.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
+
+
+def _show(results: Sequence[Measurement], target: Path | None, console: Console) -> None:
+    """A table and sentences per model, and what was written."""
+    from accelrt.benchmarking.tables import columns, rows, sentences, title
+
+    for result in results:
+        heads = columns(result.device)
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            padding=0,
+            title=title(result),
+            title_justify="left",
+        )
+        for i, head in enumerate(heads):
+            table.add_column(head, justify="right" if i else "left", no_wrap=i > 0)
+        for cells in rows(result):
+            table.add_row(*(escape(cell) for cell in cells))
+        console.print(table)
+        for line in sentences(result):
+            console.print(escape(line), highlight=False, soft_wrap=True)
+        console.print()
+    for path in (target, target.with_suffix(".md")) if target is not None else ():
+        console.print(f"written: {path}", highlight=False, soft_wrap=True)
