@@ -338,32 +338,6 @@ def test_custom_attention_processors(name: str) -> None:
     assert any("Doubling" in reason for kind, reason in groups.values() if kind == "sliced")
 
 
-@pytest.mark.parametrize(
-    ("name", "how"), [*((name, "function") for name in FAMILIES), ("dit", "method")]
-)
-def test_torch_compile(name: str, how: str) -> None:
-    """The wrapped model is one graph: no break, whichever way it is compiled."""
-    family = FAMILIES[name]
-    pipe = family.pipe()
-    before = family.run(pipe)
-    torch._dynamo.reset()
-    accelrt.wrap(pipe)  # longer slices, fewer of them in the graph
-    model = family.model(pipe)
-    options: dict[str, Any] = {"backend": "eager", "fullgraph": True}
-    if how == "function":
-        setattr(pipe, family.denoiser, torch.compile(model, **options))
-    else:
-        model.compile(**options)
-    after = family.run(pipe)
-    setattr(pipe, family.denoiser, model)
-    model._compiled_call_impl = None
-    accelrt.unwrap(pipe)
-    torch._dynamo.reset()
-    assert zoo.relative_error(after, before) < 1e-11
-    assert not torch.equal(after, before)
-    assert torch.equal(family.run(pipe), before)
-
-
 @pytest.mark.parametrize("name", [n for n in FAMILIES if n != "dit"])  # stock DiT refuses it
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
 def test_group_offload(name: str, kind: str) -> None:
