@@ -35,6 +35,7 @@ DTYPES = {
 PRODUCT_SECONDS = {"full": 0.5, "tiny": 0.02}  # of matrix products before each forward
 FORM_SECONDS = 0.2  # a round of a model whose forward is shorter
 LONG_SECONDS = 1.0  # from here on, one forward is enough for a round
+SLOW = 3.0  # forms of stock that take so many times as long are not timed again
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,11 @@ def _rates(
     """
     device = settings.device
     size = product_size(device, settings.size)
+    order = list(forms)
+    limit = max(LONG_SECONDS, SLOW * seconds[STOCK])
+    both = (STOCK, WRAPPED)
+    slow = {run: seconds[run] for run in forms if run not in both and seconds[run] > limit}
+    forms = {run: form for run, form in forms.items() if run not in slow}
     product, product_flops = matrix_product(size, DTYPES[settings.dtype], device)
     watches: dict[str, list[ProcessWatch]] = {run: [] for run in forms}
 
@@ -302,4 +308,11 @@ def _rates(
                 process_peak_bytes=int(statistics.median(growth)) if growth else None,
             )
         )
-    return Rates(size, product_flops / statistics.median(products), tuple(times))
+    rate = product_flops / statistics.median(products)
+    times += [
+        # The one forward whose memory was watched, beside stock's.
+        Times(run, (once,), seconds[STOCK] / once, flops / once / rate, None, None)
+        for run, once in slow.items()
+    ]
+    times.sort(key=lambda timed: order.index(timed.run))
+    return Rates(size, rate, tuple(times))

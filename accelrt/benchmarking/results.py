@@ -18,7 +18,8 @@ class Times:
 
     Args:
         run: ``"stock"``, ``"stock, <label of switches>"`` or ``"accelrt"``.
-        seconds: of one forward, per round.
+        seconds: of one forward, per round; a single one for a form of stock so slow that
+            only the forward whose memory was watched was timed.
         speedup: time of stock over this one's, median of the rounds' ratios.
         utilisation: model FLOP utilisation, median of the rounds' ratios; always with the
             FLOPs of the stock model.
