@@ -12,6 +12,7 @@ import model_zoo as zoo
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
 from typer.testing import CliRunner
 
 import accelrt
@@ -182,7 +183,7 @@ def test_user_errors_end_with_one_line(tmp_path: Path) -> None:
         (("--model", str(empty)), "no model_index.json"),
         (("--config", str(config)), "unknown setting slice"),
         (("--config", str(tmp_path / "gone.json")), "gone.json"),
-        (("--prompt", "a seven"), "--prompt and --frames go with --model"),
+        (("--prompt", "a seven"), "--prompt, --frames and --image go with --model"),
         (("--model", str(empty), "--steps", "0"), "steps"),
     ]
     if not torch.cuda.is_available():
@@ -221,7 +222,7 @@ def test_hub_id_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_reference_models_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(accelrt, "__file__", str(tmp_path / "site" / "accelrt" / "__init__.py"))
-    with pytest.raises(FileNotFoundError, match="animatediff, dit") as caught:
+    with pytest.raises(FileNotFoundError, match="animatediff, dit, pixart, svd") as caught:
         scenarios.reference_folder()
     assert scenarios.TRAIN_COMMAND in str(caught.value)
     for name in scenarios.REFERENCE_NAMES:
@@ -231,7 +232,7 @@ def test_reference_models_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert scenarios.reference_folder() == tmp_path / scenarios.REFERENCE_FOLDER
 
 
-def test_generic_calls() -> None:
+def test_generic_calls(tmp_path: Path) -> None:
     class Text:
         def __call__(self, prompt: Any = None, num_frames: int = 16, num_inference_steps: int = 9):
             raise AssertionError
@@ -252,5 +253,22 @@ def test_generic_calls() -> None:
         scenarios.generic_call(dit, 4, "a two")
     with pytest.raises(ValueError, match="takes no num_frames"):
         scenarios.generic_call(dit, 4, None, 3)
-    with pytest.raises(ValueError, match="Picture needs image"):
+    with pytest.raises(ValueError, match="Picture starts from a picture; give one with --image"):
         scenarios.generic_call(Picture(), 4)
+    with pytest.raises(ValueError, match="Text takes no image"):
+        scenarios.generic_call(Text(), 4, image=tmp_path / "first.png")
+    Image.new("L", (5, 3), 7).save(tmp_path / "first.png")
+    call = scenarios.generic_call(Picture(), 4, image=tmp_path / "first.png")
+    assert call["image"].mode == "RGB"
+    assert call["image"].size == (5, 3)
+    (tmp_path / "broken.png").write_text("no picture")
+    for name in ("broken.png", "missing.png"):
+        with pytest.raises(FileNotFoundError, match=name):
+            scenarios.generic_call(Picture(), 4, image=tmp_path / name)
+
+    class Needy:
+        def __call__(self, depth: Any, num_inference_steps: int = 9):
+            raise AssertionError
+
+    with pytest.raises(ValueError, match="Needy needs depth"):
+        scenarios.generic_call(Needy(), 4)

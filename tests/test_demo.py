@@ -207,11 +207,17 @@ def test_default_demo(tmp_path: Path) -> None:
         app, ["demo", "--out", str(tmp_path), "--steps", "2", "--repeats", "1", "--json"]
     )
     assert result.exit_code == 0, result.stderr
-    video, images = json.loads(result.stdout)["models"]
-    assert (video["pipeline"], images["pipeline"]) == ("AnimateDiffPipeline", "DiTPipeline")
-    for model in (video, images):
+    models = json.loads(result.stdout)["models"]
+    assert [model["pipeline"] for model in models] == [
+        "AnimateDiffPipeline",
+        "StableVideoDiffusionPipeline",
+        "DiTPipeline",
+        "PixArtSigmaPipeline",
+    ]
+    for model in models:
         assert model["latent_error"] < 1e-4
         assert model["accelrt"]["peak_bytes"] < model["stock"]["peak_bytes"]
-    with Image.open(tmp_path / "animatediff.gif") as gif:
-        assert gif.n_frames == 16
-    check_page(tmp_path / "report.html", 2)
+    for name, frames in (("animatediff", 16), ("svd", 8)):
+        with Image.open(tmp_path / f"{name}.gif") as gif:
+            assert gif.n_frames == frames
+    check_page(tmp_path / "report.html", 4)

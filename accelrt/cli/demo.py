@@ -51,7 +51,7 @@ class Device(str, enum.Enum):
 def demo(
     model: Annotated[
         str | None,
-        typer.Option(metavar="PATH_OR_HUB_ID", help="A pipeline to run instead of both."),
+        typer.Option(metavar="PATH_OR_HUB_ID", help="A pipeline to run instead of all."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of pictures and report.")] = Path("demo_out"),
     seed: Annotated[int, typer.Option(help="Seed of every run.")] = 0,
@@ -72,13 +72,17 @@ def demo(
     frames: Annotated[
         int | None, typer.Option(min=1, help="With --model: the number of frames.")
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --model: the picture to start from.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON instead of the table.")
     ] = False,
 ) -> None:
     """Run pipelines stock and accelerated from the same seed; write pictures and a report.
 
-    By default the two reference models: videos with AnimateDiff and images with DiT.
+    By default the four reference models: videos with AnimateDiff and Stable Video Diffusion,
+    images with DiT and PixArt.
     """
     import torch
 
@@ -86,15 +90,15 @@ def demo(
     from accelrt.reporting.environment import inspect_environment
     from accelrt.reporting.page import write_page
 
-    if model is None and (prompt is not None or frames is not None):
-        raise ValueError("--prompt and --frames go with --model")
+    if model is None and not (prompt is None and frames is None and image is None):
+        raise ValueError("--prompt, --frames and --image go with --model")
     settings = Config() if config is None else Config.from_file(config)
     environment = inspect_environment()
     if not environment.build["loaded"]:
         raise ImportError(environment.statements[0])
     if threads is not None:
         torch.set_num_threads(threads)
-    loaders = _loaders(model, dtype.value, device.value, steps, prompt, frames)
+    loaders = _loaders(model, dtype.value, device.value, steps, prompt, frames, image)
     with Progress(
         TextColumn("{task.fields[model]}"),
         BarColumn(),
@@ -110,7 +114,7 @@ def demo(
             for i, load in enumerate(loaders)
         ]
     command = _command(
-        model, out, seed, steps, dtype, device, repeats, threads, config, prompt, frames
+        model, out, seed, steps, dtype, device, repeats, threads, config, prompt, frames, image
     )  # fmt: skip
     page = out / "report.html"
     write_page(page, exhibits, environment, command)
@@ -123,14 +127,21 @@ def demo(
 
 
 def _loaders(
-    model: str | None, dtype: str, device: str, steps: int, prompt: str | None, frames: int | None
+    model: str | None,
+    dtype: str,
+    device: str,
+    steps: int,
+    prompt: str | None,
+    frames: int | None,
+    image: Path | None,
 ) -> list[Callable[[], Scenario]]:
     """What to load, one pipeline at a time; missing models are reported before any work."""
     from accelrt.cli import scenarios
 
     where = scenarios.choose_device(device)
     if model is not None:
-        return [lambda: scenarios.custom_scenario(model, dtype, where, steps, prompt, frames)]
+        arguments = (model, dtype, where, steps, prompt, frames, image)
+        return [lambda: scenarios.custom_scenario(*arguments)]
     folder = scenarios.reference_folder()
 
     def loader(name: str) -> Callable[[], Scenario]:
@@ -237,6 +248,7 @@ def _command(
     config: Path | None,
     prompt: str | None,
     frames: int | None,
+    image: Path | None,
 ) -> str:
     """The command that repeats this run."""
     words = ["accelrt", "demo"]
@@ -249,6 +261,7 @@ def _command(
         ("--config", config),
         ("--prompt", prompt),
         ("--frames", frames),
+        ("--image", image),
     ):
         if value is not None:
             words += [option, str(value)]

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 import accelrt
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_PROMPT = "a handwritten seven bouncing to the right"
 REFERENCE_FOLDER = Path("examples") / "reference_models"
-REFERENCE_NAMES = ("animatediff", "dit")
+REFERENCE_NAMES = ("animatediff", "svd", "dit", "pixart")
 TRAIN_COMMAND = "python examples/reference_models/train.py"
 
 # Sizes of the default demo: enough to look at, seconds on two cores.
@@ -28,6 +29,7 @@ _PROMPTS = (
     "a handwritten two bouncing down",
 )
 _CLASSES = (*range(10), *range(10))
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def reference_folder() -> Path:
         if not any((place / name / "model_index.json").is_file() for place in places)
     )
     raise FileNotFoundError(
-        f"reference models not found: {', '.join(missing) or 'no folder has both'} "
+        f"reference models not found: {', '.join(missing) or 'no folder has all'} "
         f"(looked in {' and '.join(str(place) for place in dict.fromkeys(places))}). "
         f"Run `accelrt demo` in the source folder; `{TRAIN_COMMAND}` creates the models there. "
         "Any other pipeline: `accelrt demo --model PATH_OR_HUB_ID`."
@@ -76,24 +78,51 @@ def reference_folder() -> Path:
 def reference_scenario(name: str, folder: Path, dtype: str, device: str, steps: int) -> Scenario:
     """A reference model with its call: two short videos, or twenty images."""
     pipe = load_pipeline(str(folder / name), dtype, device, quiet=True)
-    if name == "animatediff":
-        call: dict[str, Any] = {
-            "prompt": list(_PROMPTS),
-            "num_frames": 16,
-            "guidance_scale": 7.5,
-            "num_inference_steps": steps,
-        }
-        return Scenario(name, "AnimateDiff", f"{len(_PROMPTS)}x16 frames", pipe, call)
+    title, detail, call = _REFERENCE_CALLS[name](folder, pipe)
+    return Scenario(name, title, detail, pipe, {**call, "num_inference_steps": steps})
+
+
+def _animatediff(folder: Path, pipe: Any) -> tuple[str, str, dict[str, Any]]:
+    call = {"prompt": list(_PROMPTS), "num_frames": 16, "guidance_scale": 7.5}
+    return "AnimateDiff", f"{len(_PROMPTS)}x16 frames", call
+
+
+def _svd(folder: Path, pipe: Any) -> tuple[str, str, dict[str, Any]]:
+    """The first frames lie beside the model: digits that it was not trained on."""
+    images = [open_image(folder / "svd" / "first_frames" / f"{digit}.png") for digit in (7, 2)]
+    call = {"image": images, "height": 32, "width": 32, "max_guidance_scale": 3.0}
+    frames = pipe.unet.config.num_frames
+    return "Stable Video Diffusion", f"{len(images)}x{frames} frames", call
+
+
+def _dit(folder: Path, pipe: Any) -> tuple[str, str, dict[str, Any]]:
+    call = {"class_labels": list(_CLASSES), "guidance_scale": 4.0}
+    return "DiT", f"{len(_CLASSES)} images", call
+
+
+def _pixart(folder: Path, pipe: Any) -> tuple[str, str, dict[str, Any]]:
+    prompts = [f"a handwritten {digit}" for digit in _DIGITS] * 2
     call = {
-        "class_labels": list(_CLASSES),
-        "guidance_scale": 4.0,
-        "num_inference_steps": steps,
+        "prompt": prompts,
+        "guidance_scale": 4.5,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+        "max_sequence_length": 32,
     }
-    return Scenario(name, "DiT", f"{len(_CLASSES)} images", pipe, call)
+    return "PixArt", f"{len(prompts)} images", call
+
+
+_REFERENCE_CALLS = {"animatediff": _animatediff, "svd": _svd, "dit": _dit, "pixart": _pixart}
 
 
 def custom_scenario(
-    model: str, dtype: str, device: str, steps: int, prompt: str | None, frames: int | None
+    model: str,
+    dtype: str,
+    device: str,
+    steps: int,
+    prompt: str | None,
+    frames: int | None,
+    image: Path | None = None,
 ) -> Scenario:
     """A pipeline of the user's, called with what its signature asks for.
 
@@ -102,7 +131,7 @@ def custom_scenario(
         ValueError: if the call needs something that cannot be guessed.
     """
     pipe = load_pipeline(model, dtype, device)
-    call = generic_call(pipe, steps, prompt, frames)
+    call = generic_call(pipe, steps, prompt, frames, image)
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(model).name).strip("-").lower() or "model"
     return Scenario(
         name, type(pipe).__name__.removesuffix("Pipeline"), Path(model).name, pipe, call
@@ -110,7 +139,11 @@ def custom_scenario(
 
 
 def generic_call(
-    pipe: Any, steps: int, prompt: str | None = None, frames: int | None = None
+    pipe: Any,
+    steps: int,
+    prompt: str | None = None,
+    frames: int | None = None,
+    image: Path | None = None,
 ) -> dict[str, Any]:
     """Keywords of a call, from the pipeline's signature.
 
@@ -119,10 +152,12 @@ def generic_call(
         steps: denoising steps.
         prompt: text, for pipelines that take one; ``None`` for a default.
         frames: number of frames, for pipelines that take one; ``None`` for theirs.
+        image: file of a picture, for pipelines that take one.
 
     Raises:
-        ValueError: if a required argument is none that we can supply, or ``prompt`` or
-            ``frames`` is given to a pipeline that takes none.
+        ValueError: if a required argument is none that we can supply, or ``prompt``,
+            ``frames`` or ``image`` is given to a pipeline that takes none.
+        FileNotFoundError: if there is no such picture.
     """
     kind = type(pipe).__name__
     known = inspect.signature(type(pipe).__call__).parameters
@@ -138,6 +173,13 @@ def generic_call(
             call["num_frames"] = frames
     elif frames is not None:
         raise ValueError(f"{kind} takes no num_frames; leave --frames out")
+    if "image" in known:
+        if image is not None:
+            call["image"] = open_image(image)
+        elif known["image"].default is inspect.Parameter.empty:
+            raise ValueError(f"{kind} starts from a picture; give one with --image FILE")
+    elif image is not None:
+        raise ValueError(f"{kind} takes no image; leave --image out")
     if "num_inference_steps" in known:
         call["num_inference_steps"] = steps
     required = [
@@ -154,6 +196,19 @@ def generic_call(
             "call accelrt.quality.compare(pipe, {...}) with them"
         )
     return call
+
+
+def open_image(path: Path) -> Image.Image:
+    """A picture as RGB.
+
+    Raises:
+        FileNotFoundError: if it cannot be read as one.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"{path} cannot be read as a picture: {error}") from error
 
 
 def load_pipeline(model: str, dtype: str, device: str, *, quiet: bool = False) -> Any:

@@ -2,8 +2,11 @@
 
     python examples/reference_models/train.py
     python examples/reference_models/train.py --only dit --seed 1 --out some/folder
+    python examples/reference_models/train.py --only pixart --only evaluate
 
 Every stage keeps its state in ``<out>/.work`` and continues from there when it is run again.
+The last stage measures the models that were chosen too, or all of them, and draws the
+sample sheet once there are all four.
 """
 
 from __future__ import annotations
@@ -25,11 +28,16 @@ sys.path.insert(0, str(HERE))
 
 import evaluate  # noqa: E402
 import torch  # noqa: E402
-from reference_digits import report, stages  # noqa: E402
+from reference_digits import data, pixart, report, stages, svd  # noqa: E402
 
-STAGES = ("classifier", "vae", "dit", "animatediff", "evaluate")
+STAGES = ("classifier", "vae", "dit", "animatediff", "pixart", "svd", "evaluate")
 # The pipeline's default guidance first, then a milder one (more variety).
-GUIDANCE = {"dit": (4.0, 2.0), "animatediff": (7.5, 3.0)}
+GUIDANCE = {
+    "dit": (4.0, 2.0),
+    "animatediff": (7.5, 3.0),
+    "pixart": (4.5, 2.0),
+    "svd": (3.0, 1.5),
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -82,22 +90,48 @@ def main() -> None:
     if "classifier" in chosen:
         began = time.perf_counter()
         finish("classifier", stages.train_classifier(cfg), began)
-    if {"vae", "dit", "animatediff"} & set(chosen):
+    trainers = {
+        "dit": stages.train_dit,
+        "animatediff": stages.train_animatediff,
+        "pixart": pixart.train_pixart,
+    }
+    if "vae" in chosen or {*trainers} & {*chosen}:
         began = time.perf_counter()
-        vae, values = stages.train_vae(cfg)  # returns at once when it is trained already
-        if "vae" in chosen:
+        vae, values = stages.shared_vae(cfg, train="vae" in chosen)
+        if values is not None:
             finish("vae", values, began)
-    for stage, train in (("dit", stages.train_dit), ("animatediff", stages.train_animatediff)):
+    for stage, train in trainers.items():
         if stage in chosen:
             began = time.perf_counter()
             finish(stage, train(cfg, vae), began)
+    if "svd" in chosen:  # it has an autoencoder of its own
+        began = time.perf_counter()
+        values = svd.train_svd(cfg)
+        folder = cfg.out / "svd" / "first_frames"
+        folder.mkdir(exist_ok=True)
+        for digit, image in enumerate(evaluate.first_frames(data.NUM_CLASSES)[0]):
+            image.save(folder / f"{digit}.png")
+        finish("svd", values, began)
     if "evaluate" in chosen:
         began = time.perf_counter()
+        measured = [model for model in GUIDANCE if model in chosen] or list(GUIDANCE)
         results = {
-            stage: [evaluate.evaluate_saved(cfg.out, stage, guidance_scale=g) for g in scales]
-            for stage, scales in GUIDANCE.items()
+            model: [
+                evaluate.evaluate_saved(cfg.out, model, guidance_scale=g) for g in GUIDANCE[model]
+            ]
+            for model in measured
         }
-        report.write_sample_sheet(cfg.out, cfg.out / "samples.png")
+        if all((cfg.out / model).exists() for model in GUIDANCE):
+            report.write_sample_sheet(
+                cfg.out / "samples.png",
+                lambda model: evaluate.load_pipeline(model, cfg.out),
+                evaluate.first_frames(report.SHEET_VIDEOS)[0],
+                evaluate.PIXART_CALL,
+                evaluate.SVD_CALL,
+            )
+        if metrics_file.exists():  # keep what was measured before and not now
+            before = json.loads(metrics_file.read_text()).get("evaluate", {})
+            results = {**before, **results}
         finish("evaluate", results, began)
 
 

@@ -16,6 +16,8 @@ from sklearn.model_selection import train_test_split
 
 CANVAS = 32
 NUM_FRAMES = 16
+CLIP_FRAMES = 8
+CLIP_SPEEDS = (0.6, 2.0)
 NUM_CLASSES = 10
 SPLIT_SEED = 0
 TEST_FRACTION = 0.2
@@ -35,6 +37,12 @@ TEMPLATES = (
     "the digit {digit} {verb} {direction}",
     "a white {digit} {verb} {direction} on black",
     "{digit} {verb} {direction}",
+)
+STILL_TEMPLATES = (
+    "a handwritten {digit}",
+    "the digit {digit}",
+    "a white {digit} on black",
+    "{digit}",
 )
 
 # A glyph is the 8x8 digit with 2 pixels of margin on each side, upscaled by this factor.
@@ -136,6 +144,18 @@ def random_prompts(
     return prompts, verb_ids, direction_ids
 
 
+def random_still_prompts(labels: torch.Tensor, rng: torch.Generator) -> list[str]:
+    """Random prompts that name a digit and no motion."""
+    template_ids = torch.randint(len(STILL_TEMPLATES), (len(labels),), generator=rng).tolist()
+    numeral = (torch.rand(len(labels), generator=rng) < 0.25).tolist()
+    return [
+        STILL_TEMPLATES[template_ids[i]].format(
+            digit=str(label) if numeral[i] else DIGIT_WORDS[label]
+        )
+        for i, label in enumerate(labels.tolist())
+    ]
+
+
 def render_videos(
     split: Split, index: torch.Tensor, rng: torch.Generator, num_frames: int = NUM_FRAMES
 ) -> tuple[torch.Tensor, list[str]]:
@@ -143,10 +163,22 @@ def render_videos(
     n = len(index)
     prompts, verb_ids, direction_ids = random_prompts(split.labels[index], rng)
     size = _uniform(n, 16.0, 20.0, rng)
-    limit = (CANVAS - size) / 2
     speed_range = torch.tensor(list(VERBS.values()))[verb_ids]
     speed = speed_range[:, 0] + torch.rand(n, generator=rng) * speed_range.diff(dim=1)[:, 0]
     velocity = torch.tensor(list(DIRECTIONS.values()))[direction_ids] * speed[:, None]
+    return _bounce(split.glyphs[index], size, velocity, num_frames, rng), prompts
+
+
+def _bounce(
+    glyphs: torch.Tensor,
+    size: torch.Tensor,
+    velocity: torch.Tensor,
+    num_frames: int,
+    rng: torch.Generator,
+) -> torch.Tensor:
+    """Videos ``(N, F, 3, 32, 32)`` of glyphs that start anywhere, at pixels a frame."""
+    n = len(glyphs)
+    limit = (CANVAS - size) / 2
     start = _uniform(2 * n, -1.0, 1.0, rng).view(n, 2) * limit[:, None]
     frames = torch.arange(num_frames)[None, :, None]
     centre = _reflect(start[:, None] + velocity[:, None] * frames, limit[:, None, None])
@@ -155,12 +187,28 @@ def render_videos(
         return value.repeat_interleave(num_frames, dim=0)
 
     pixels = _place(
-        repeat(split.glyphs[index]),
+        repeat(glyphs),
         size=repeat(size),
         angle=repeat(_uniform(n, -0.12, 0.12, rng)),
         centre=centre.reshape(-1, 2),
     )
-    return pixels.view(n, num_frames, 3, CANVAS, CANVAS), prompts
+    return pixels.view(n, num_frames, 3, CANVAS, CANVAS)
+
+
+def render_clips(
+    split: Split, index: torch.Tensor, rng: torch.Generator, num_frames: int = CLIP_FRAMES
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Videos ``(N, F, 3, 32, 32)`` without a prompt, and their speeds ``(N,)`` in pixels a frame.
+
+    The digit, its direction and its speed are random, any speed between those of the verbs.
+    """
+    n = len(index)
+    size = _uniform(n, 16.0, 20.0, rng)
+    speed = _uniform(n, *CLIP_SPEEDS, rng)
+    directions = torch.tensor(list(DIRECTIONS.values()))
+    direction_ids = torch.randint(len(directions), (n,), generator=rng)
+    velocity = directions[direction_ids] * speed[:, None]
+    return _bounce(split.glyphs[index], size, velocity, num_frames, rng), speed
 
 
 def render_frames(split: Split, index: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
@@ -175,6 +223,6 @@ def sample_indices(split: Split, n: int, rng: torch.Generator) -> torch.Tensor:
 
 def vocabulary_words() -> list[str]:
     """Every word a prompt may hold, in a fixed order (for the tokenizer's merges)."""
-    texts = [*TEMPLATES, *VERBS, *DIRECTIONS, *DIGIT_WORDS]
+    texts = [*TEMPLATES, *STILL_TEMPLATES, *VERBS, *DIRECTIONS, *DIGIT_WORDS]
     words = {w for text in texts for w in text.split() if not w.startswith("{")}
     return sorted(words)

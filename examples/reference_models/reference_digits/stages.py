@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
+    DiffusionPipeline,
     DiTPipeline,
     UNetMotionModel,
 )
@@ -48,8 +49,14 @@ class Settings:
     text_steps: int = 300
     unet_steps: int = 1200
     motion_steps: int = 1000
+    t5_steps: int = 300
+    pixart_steps: int = 4000
+    temporal_vae_steps: int = 800
+    clip_vision_steps: int = 3000
+    svd_steps: int = 4700
     dit_pool: int = 40_000
     video_pool: int = 5_000
+    clip_pool: int = 7_000
 
 
 def train_classifier(cfg: Settings) -> dict[str, Any]:
@@ -131,6 +138,17 @@ def train_vae(cfg: Settings) -> tuple[AutoencoderKL, dict[str, Any]]:
     }
 
 
+def shared_vae(cfg: Settings, train: bool) -> tuple[AutoencoderKL, dict[str, Any] | None]:
+    """The autoencoder of all image latents, with its measurements where it is trained here.
+
+    Without ``train`` it is the one of a saved DiT pipeline, if there is any.
+    """
+    saved = cfg.out / "dit" / "vae"
+    if train or (cfg.work / "vae.pt").exists() or not saved.exists():
+        return train_vae(cfg)  # returns at once when it is trained already
+    return AutoencoderKL.from_pretrained(saved, dtype=torch.float32).eval(), None
+
+
 @torch.inference_mode()
 def encode(vae: AutoencoderKL, images: torch.Tensor, scale: float | None = None) -> torch.Tensor:
     """Latents (posterior means, scaled) of images ``(N, 3, H, W)``."""
@@ -139,13 +157,16 @@ def encode(vae: AutoencoderKL, images: torch.Tensor, scale: float | None = None)
     return torch.cat(parts) * factor
 
 
-def _pool(count: int, chunk: int, label: str, make: Callable[[int], torch.Tensor]) -> torch.Tensor:
+def make_pool(
+    count: int, chunk: int, label: str, make: Callable[[int], torch.Tensor]
+) -> torch.Tensor:
+    """A data set of ``count`` items; ``make(start)`` renders ``chunk`` of them."""
     starts = range(0, count, chunk)
     return torch.cat([make(start) for start in track(starts, description=label)]).clone()
 
 
-def train_dit(cfg: Settings, vae: AutoencoderKL) -> dict[str, Any]:
-    """Train the class-conditional DiT (with learned sigma) and save its pipeline."""
+def image_latents(cfg: Settings, vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled latents of still training images ``(N, 4, 8, 8)`` and their digits ``(N,)``."""
     train, _ = data.load_splits()
     labels: list[torch.Tensor] = []
 
@@ -155,8 +176,12 @@ def train_dit(cfg: Settings, vae: AutoencoderKL) -> dict[str, Any]:
         labels.append(train.labels[index])
         return encode(vae, data.render_images(train, index, rng))
 
-    pool = _pool(cfg.dit_pool, 1000, "latents (DiT)", make)
-    pool_labels = torch.cat(labels)
+    return make_pool(cfg.dit_pool, 1000, "latents (images)", make), torch.cat(labels)
+
+
+def train_dit(cfg: Settings, vae: AutoencoderKL) -> dict[str, Any]:
+    """Train the class-conditional DiT (with learned sigma) and save its pipeline."""
+    pool, pool_labels = image_latents(cfg, vae)
     torch.manual_seed(cfg.seed + 2)
     model = models.build_dit()
     scheduler = models.dit_scheduler()
@@ -179,9 +204,9 @@ def train_dit(cfg: Settings, vae: AutoencoderKL) -> dict[str, Any]:
         block.norm1.emb.class_embedder.dropout_prob = 0.0
     result = fit("dit", model, loss_fn, steps=cfg.dit_steps, lr=1e-3, work=cfg.work, seed=cfg.seed)
     id2label = {str(i): f"{word}, {i}" for i, word in enumerate(data.DIGIT_WORDS)}
-    pipe = DiTPipeline(model, _copy_vae(vae), scheduler, id2label=id2label)
+    pipe = DiTPipeline(model, copy_vae(vae), scheduler, id2label=id2label)
     pipe.register_to_config(id2label=id2label)
-    _save(pipe, cfg.out / "dit")
+    save_pipeline(pipe, cfg.out / "dit")
     return {"training": result.as_dict()}
 
 
@@ -244,7 +269,7 @@ def train_animatediff(cfg: Settings, vae: AutoencoderKL) -> dict[str, Any]:
         latents = encode(vae, videos.flatten(0, 1))
         return latents.view(*videos.shape[:2], *latents.shape[1:]).transpose(1, 2).contiguous()
 
-    pool = _pool(cfg.video_pool, 100, "latents (AnimateDiff)", make)
+    pool = make_pool(cfg.video_pool, 100, "latents (AnimateDiff)", make)
     tokenizer = models.build_tokenizer()
     text_encoder, text = _train_text_encoder(cfg, tokenizer)
     with torch.inference_mode():
@@ -301,7 +326,7 @@ def train_animatediff(cfg: Settings, vae: AutoencoderKL) -> dict[str, Any]:
         "animatediff-videos", motion_unet, video_loss, steps=cfg.motion_steps, lr=1e-3, **common
     )
     pipe = AnimateDiffPipeline(
-        vae=_copy_vae(vae),
+        vae=copy_vae(vae),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=motion_unet,
@@ -309,7 +334,7 @@ def train_animatediff(cfg: Settings, vae: AutoencoderKL) -> dict[str, Any]:
         scheduler=scheduler,
     )
     target = cfg.out / "animatediff"
-    _save(pipe, target)
+    save_pipeline(pipe, target)
     # Newer transformers write tokenizer.json only; older ones read these two.
     tokenizer.backend_tokenizer.model.save(str(target / "tokenizer"))
     return {
@@ -319,7 +344,7 @@ def train_animatediff(cfg: Settings, vae: AutoencoderKL) -> dict[str, Any]:
     }
 
 
-def _copy_vae(vae: AutoencoderKL) -> AutoencoderKL:
+def copy_vae(vae: AutoencoderKL) -> AutoencoderKL:
     """A copy, since saving turns a pipeline's weights into fp16."""
     copy = models.build_vae()
     copy.load_state_dict(vae.state_dict())
@@ -327,7 +352,8 @@ def _copy_vae(vae: AutoencoderKL) -> AutoencoderKL:
     return copy
 
 
-def _save(pipe: DiTPipeline | AnimateDiffPipeline, target: Path) -> None:
+def save_pipeline(pipe: DiffusionPipeline, target: Path) -> None:
+    """Save a pipeline with fp16 weights (which turns its own weights into fp16, too)."""
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.eval()
