@@ -105,6 +105,13 @@ def test_slow_forms_of_stock_are_not_timed_again(monkeypatch: pytest.MonkeyPatch
     assert all(t.speedup > 0 and t.utilisation > 0 for t in switched)
 
 
+def test_without_rounds_the_watched_forwards_count() -> None:
+    result = measure("dit", dataclasses.replace(TINY_SETTINGS, repeats=0))
+    assert [t.run for t in result.rates.times] == [q.run for q in result.quality]
+    assert all(len(t.seconds) == 1 and t.utilisation > 0 for t in result.rates.times)
+    assert result.rates.times[0].speedup == 1.0
+
+
 def test_full_and_tiny_are_the_same_models() -> None:
     assert list(FULL) == list(TINY)
     for name in FULL:
@@ -209,7 +216,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     config.write_text('{"slice": 3}')
     cases = [
         (("--model", "flux"), "'flux' is not one of"),
-        (("--repeats", "0"), "repeats"),
+        (("--repeats", "-1"), "repeats"),
         (("--threads", "0"), "threads"),
         (("--dtype", "fp32", "--truth", "fp32"), "with dtype fp32 it must be fp64"),
         (("--config", str(config)), "unknown setting slice"),

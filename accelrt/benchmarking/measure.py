@@ -47,7 +47,7 @@ class Settings:
         dtype: of weights and activations: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         truth: dtype of the forward that errors are taken against: ``"fp32"`` or ``"fp64"``.
         device: ``"cpu"`` or ``"cuda"``.
-        repeats: timed rounds.
+        repeats: timed rounds; with 0 only the forwards whose memory is watched are timed.
         seed: of the weights.
         config: of the wrap.
 
@@ -252,8 +252,12 @@ def _rates(
     size = product_size(device, settings.size)
     order = list(forms)
     limit = max(LONG_SECONDS, SLOW * seconds[STOCK])
-    both = (STOCK, WRAPPED)
-    slow = {run: seconds[run] for run in forms if run not in both and seconds[run] > limit}
+    kept = (STOCK, WRAPPED) if settings.repeats else ()
+    slow = {
+        run: seconds[run]
+        for run in forms
+        if run not in kept and (seconds[run] > limit or not settings.repeats)
+    }
     forms = {run: form for run, form in forms.items() if run not in slow}
     product, product_flops = matrix_product(size, DTYPES[settings.dtype], device)
     watches: dict[str, list[ProcessWatch]] = {run: [] for run in forms}
@@ -308,11 +312,15 @@ def _rates(
                 process_peak_bytes=int(statistics.median(growth)) if growth else None,
             )
         )
+    if not products:
+        alone = {"product": [product]}
+        timed = interleave(alone, device=device, rounds=3, calls={"product": products_per_round})
+        products += timed["product"].rounds
     rate = product_flops / statistics.median(products)
     times += [
         # The one forward whose memory was watched, beside stock's.
         Times(run, (once,), seconds[STOCK] / once, flops / once / rate, None, None)
         for run, once in slow.items()
     ]
-    times.sort(key=lambda timed: order.index(timed.run))
+    times.sort(key=lambda one: order.index(one.run))
     return Rates(size, rate, tuple(times))

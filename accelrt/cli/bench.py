@@ -62,7 +62,12 @@ def bench(
     size: Annotated[
         Size, typer.Option(help="full: the published one; tiny: for a trial of the command.")
     ] = Size.full,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 3,
+    repeats: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Timed rounds; 0: time only the forwards whose memory is watched."
+        ),
+    ] = 3,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; default: torch's number.")
     ] = None,
