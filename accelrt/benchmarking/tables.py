@@ -69,6 +69,7 @@ def sentences(result: Measurement) -> list[str]:
         f"{result.title}: {result.parameters / 1e6:.1f} M parameters "
         f"({bytes_text(result.weight_bytes)}), {result.flops / 1e12:.3g} TFLOP per forward; "
         f"{product}.",
+        _timing(result),
         *(f"{run}: {text}." for run, text in result.switches.items()),
         f"Error against {result.truth}: {ours:.3e} {relation} {result.bound:.3e} "
         f"(1.1 * stock + 1e-6). Groups: {counts}.",
@@ -76,6 +77,19 @@ def sentences(result: Measurement) -> list[str]:
     if result.stock_reason:
         lines.append(f"The wrapped model ran the stock forward: {result.stock_reason}.")
     return lines
+
+
+def _timing(result: Measurement) -> str:
+    """How often each form was timed."""
+    once = [times.run for times in result.rates.times if times.page_faults is None]
+    threads = f"{result.threads} thread{'s' if result.threads > 1 else ''}"
+    where = threads if result.device == "cpu" else result.device
+    if not result.repeats:
+        return f"Times on {where}: of one forward each, the one whose memory was watched."
+    text = f"Times on {where}: median of {result.repeats} rounds"
+    if result.device == "cpu" and once:
+        text += f"; {', '.join(once)}: of the one forward whose memory was watched"
+    return f"{text}."
 
 
 def _tflops(rate: float) -> str:
