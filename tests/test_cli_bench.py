@@ -112,6 +112,14 @@ def test_without_rounds_the_watched_forwards_count() -> None:
     assert result.rates.times[0].speedup == 1.0
 
 
+def test_without_switches() -> None:
+    settings = dataclasses.replace(TINY_SETTINGS, repeats=0, switches=False)
+    result = measure("svd", settings)
+    assert [times.run for times in result.rates.times] == ["stock", "accelrt"]
+    assert result.switches == {}
+    assert result.within
+
+
 def test_full_and_tiny_are_the_same_models() -> None:
     assert list(FULL) == list(TINY)
     for name in FULL:

@@ -50,6 +50,7 @@ class Settings:
         repeats: timed rounds; with 0 only the forwards whose memory is watched are timed.
         seed: of the weights.
         config: of the wrap.
+        switches: also the stock model with its memory switches on.
 
     Raises:
         ValueError: if the truth is no more precise than what is measured.
@@ -62,6 +63,7 @@ class Settings:
     repeats: int = 3
     seed: int = 0
     config: Config = dataclasses.field(default_factory=Config)
+    switches: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype == "fp32" and self.truth != "fp64":
@@ -112,6 +114,8 @@ def measure(
         ValueError: the truth is not finite.
     """
     case = SIZES[settings.size][name]()
+    if not settings.switches:
+        case = dataclasses.replace(case, switches=())
     progress = progress or Progress()
     phases = Phases(progress)
     with phases("count"):

@@ -81,6 +81,10 @@ def bench(
         Path | None, typer.Option(metavar="FILE", help="Settings of the wrap: YAML or JSON.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+    switches: Annotated[
+        bool,
+        typer.Option(help="Also the stock model with its memory switches on, which may be slow."),
+    ] = True,
     tuned_malloc: Annotated[
         bool | None,
         typer.Option(
@@ -118,7 +122,7 @@ def bench(
         tuned_malloc = where == "cpu" and sys.platform == "linux"
     elif tuned_malloc and where != "cpu":
         raise ValueError(f"--tuned-malloc goes with --device cpu; the device is {where}")
-    settings = _settings(dtype, where, size, repeats, truth, config, seed)
+    settings = _settings(dtype, where, size, repeats, truth, config, seed, switches)
     target = _target(out, where)
     environment = inspect_environment()
     if not environment.build["loaded"]:
@@ -190,6 +194,7 @@ def _settings(
     truth: Truth | None,
     config: Path | None,
     seed: int,
+    switches: bool,
 ) -> Settings:
     from accelrt.benchmarking.measure import Settings
 
@@ -203,6 +208,7 @@ def _settings(
         repeats=repeats,
         seed=seed,
         config=Config() if config is None else Config.from_file(config),
+        switches=switches,
     )
 
 
