@@ -149,3 +149,21 @@ def test_as_an_observer_the_tracker_labels_groups() -> None:
     labels = {label for label, _ in memory.timeline}
     assert "mid_block.motion_modules.0" in labels
     assert memory.peak_label in labels
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_sparse_tensors_count_by_their_parts(layout: torch.layout) -> None:
+    dense = torch.eye(64)
+    with track_peak() as tracker:
+        kept = dense.to_sparse(layout=layout)
+        # At least 64 values of 4 bytes and as many indices of 8.
+        assert tracker.live_bytes >= 64 * (4 + 8)
+        del kept
+    assert tracker.live_bytes == 0
+
+
+def test_opaque_tensors_pass() -> None:
+    with track_peak() as tracker:
+        opaque = torch.ones(8, 8).to_mkldnn()
+        assert opaque.to_dense().sum() == 64
+    assert tracker.peak_bytes > 0

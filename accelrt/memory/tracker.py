@@ -64,10 +64,11 @@ class PeakTracker(TorchDispatchMode):
         self.mark(stage.name)
 
     def _watch(self, tensor: Tensor, *, existed: bool) -> None:
-        try:
-            storage = tensor.untyped_storage()
-        except NotImplementedError:  # sparse and opaque tensors have no storage
+        if tensor.layout is not torch.strided:
+            for part in _strided_parts(tensor):
+                self._watch(part, existed=existed)
             return
+        storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         known = self._references.get(key)
         if known is not None and known() is storage:
@@ -153,3 +154,14 @@ def weight_bytes(*modules: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers, shared ones once."""
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     return storage_bytes(tensors)
+
+
+def _strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that hold the memory of a sparse one; an opaque one (oneDNN's) shows none."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return ()
