@@ -27,6 +27,8 @@ class Family(ABC):
     """
 
     input_name = "sample"
+    #: Dimensions that the input must have; ``None`` if the stages take any that stock takes.
+    dimensions: int | None = None
     lora_scale_kwargs: str | None = None
 
     @abstractmethod
@@ -54,6 +56,8 @@ class Family(ABC):
         x = inputs.get(self.input_name)
         if not isinstance(x, Tensor):
             return f"{self.input_name} is not a tensor"
+        if self.dimensions not in (None, x.dim()):
+            return f"{self.input_name} has {x.dim()} dimensions, not {self.dimensions}"
         if x.numel() == 0:
             return f"{self.input_name} is empty"
         if x.dtype not in DTYPES or x.device.type not in DEVICES:

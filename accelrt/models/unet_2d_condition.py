@@ -77,14 +77,8 @@ class UNet2DCondition(UNet):
     up_classes = (UpBlock2D, CrossAttnUpBlock2D)
     layers = (("attentions", SpatialTransformerGroup),)
     controlnets = True
+    dimensions = 4
     adapters = True
-
-    def declines(self, model: nn.Module, inputs: dict[str, Any]) -> str:
-        """Also samples that are not images."""
-        sample = inputs["sample"]
-        if isinstance(sample, Tensor) and sample.dim() != 4:
-            return f"sample has {sample.dim()} dimensions, not 4"
-        return super().declines(model, inputs)
 
     def embed(self, model: nn.Module, config: Config) -> Group:
         """Embeddings and context."""

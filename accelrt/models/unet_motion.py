@@ -81,13 +81,7 @@ class UNetMotion(UNet):
     layers = (("attentions", SpatialTransformerGroup), ("motion_modules", MotionGroup))
     frames = True
     controlnets = True
-
-    def declines(self, model: nn.Module, inputs: dict[str, Any]) -> str:
-        """Also samples that are not videos."""
-        sample = inputs["sample"]
-        if isinstance(sample, Tensor) and sample.dim() != 5:
-            return f"sample has {sample.dim()} dimensions, not 5"
-        return super().declines(model, inputs)
+    dimensions = 5
 
     def embed(self, model: nn.Module, config: Config) -> Group:
         """Embeddings and context."""

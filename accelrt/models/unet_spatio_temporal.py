@@ -157,11 +157,11 @@ def _up_stage(name: str, block: Any, config: Config, final: bool) -> Stage:
 class UNetSpatioTemporal(Family):
     """The UNet of Stable Video Diffusion: every layer has a spatial and a temporal half."""
 
+    dimensions = 5
+
     def declines(self, model: nn.Module, inputs: dict[str, Any]) -> str:
-        """Also samples that are not videos, and contexts that are not one row per sample."""
+        """Also contexts that are not one row per sample."""
         sample, context = inputs["sample"], inputs["encoder_hidden_states"]
-        if isinstance(sample, Tensor) and sample.dim() != 5:
-            return f"sample has {sample.dim()} dimensions, not 5"
         reason = super().declines(model, inputs)
         if reason:
             return reason
