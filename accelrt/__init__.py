@@ -15,16 +15,18 @@ The fused operators are in :mod:`accelrt.ops`, their pure-torch truth in
 """
 
 from accelrt.config import Config
-from accelrt.errors import UnsupportedModelError
-from accelrt.wrap import is_wrapped, summary, unwrap, wrap
+from accelrt.errors import BudgetError, UnsupportedModelError
+from accelrt.wrap import is_wrapped, plan, summary, unwrap, wrap
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetError",
     "Config",
     "UnsupportedModelError",
     "__version__",
     "is_wrapped",
+    "plan",
     "summary",
     "unwrap",
     "wrap",

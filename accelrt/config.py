@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelrt.memory.sizes import parse_budget
+
 _LENGTHS = (
     "frames_per_slice",
     "pixels_per_slice",
     "ff_rows",
     "samples_per_slice",
     "vae_images",
+    "samples_per_pass",
 )
+RECOMPUTE = ("allow", "never", "always")
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,21 @@ class Config:
             PixArt), or of the buffer of a temporal ResNet block.
         vae_images: images that go through the VAE encoder or decoder together; of the
             video VAE's decoder whole videos, at least one.
+        samples_per_pass: batch samples, guidance halves among them, that go through a
+            denoiser together; ``None`` means all.
         slice_mib: size in MiB that ``None`` lengths aim at; ``None`` means 8 on the CPU
             (about a last-level cache) and 64 on a GPU (long enough to hide launches).
+        bands: cut a single image into bands of rows where its intermediates exceed
+            ``slice_mib``.
+        recompute: ``"always"`` computes again what is cheap to compute and large to keep
+            (the skips of first and downsampling convolutions, first convolutions of VAE
+            blocks), ``"never"`` keeps it; ``"allow"`` leaves the choice to the plan of a
+            memory budget, and keeps it where there is none.
+        memory_budget: what a whole call may take: a number of bytes, a string such as
+            ``"4GiB"``, ``"auto"`` (what the device has free, less a tenth) or ``"min"`` (the
+            smallest exact plan). Of a pipeline, its weights count; of a single model, what
+            its forward allocates. Every new size of call is planned before it runs.
+            ``None``: no plan.
         inplace: groups may write over inputs that nothing else needs.
         fuse: use the fused operators; ``False`` runs the same slices with the model's
             own modules, for comparison.
@@ -50,7 +67,11 @@ class Config:
     ff_rows: int | None = None
     samples_per_slice: int | None = None
     vae_images: int | None = 1
+    samples_per_pass: int | None = None
     slice_mib: float | None = None
+    bands: bool = False
+    recompute: str = "allow"
+    memory_budget: int | str | None = None
     inplace: bool = True
     fuse: bool = True
 
@@ -66,7 +87,11 @@ class Config:
             not isinstance(mib, (int, float)) or isinstance(mib, bool) or not 0 < mib < 1e6
         ):
             raise ValueError(f"slice_mib is {mib!r}; allowed: a number above 0, below 1e6, or None")
-        for name in ("inplace", "fuse"):
+        if self.memory_budget is not None:
+            parse_budget(self.memory_budget)
+        if self.recompute not in RECOMPUTE:
+            raise ValueError(f"recompute is {self.recompute!r}; allowed: {', '.join(RECOMPUTE)}")
+        for name in ("bands", "inplace", "fuse"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: True, False")
 
@@ -117,6 +142,11 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values; the inverse of :meth:`from_dict`."""
         return dataclasses.asdict(self)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether groups compute again what they could keep."""
+        return self.recompute == "always"
 
     def override(self, **values: Any) -> Config:
         """A copy with some settings replaced.

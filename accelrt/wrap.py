@@ -14,6 +14,8 @@ from accelrt.swap import find, restore, swap
 
 if TYPE_CHECKING:
     from accelrt.models.forward import Forward
+    from accelrt.planning.budget import BudgetPlanner
+    from accelrt.planning.plan import Plan
 
 Part = tuple[nn.Module, str, Any]
 
@@ -60,6 +62,7 @@ def wrap(pipe_or_model: Any, *, config: Config | None = None, **overrides: Any) 
         if find(module) is not None:
             name = type(module).__name__ + (f" ({path})" if path else "")
             raise ValueError(f"{name} is wrapped already; call accelrt.unwrap first")
+    planner = _planner(pipe_or_model, config)
     done: list[nn.Module] = []
     try:
         for module, path, family in parts:
@@ -67,11 +70,93 @@ def wrap(pipe_or_model: Any, *, config: Config | None = None, **overrides: Any) 
             forward.stages()  # an unexpected structure fails here, not at the first step
             swap(module, forward)
             done.append(module)
+            if planner is not None:
+                planner.attach(forward)
     except BaseException:
         for module in reversed(done):
             restore(module)
         raise
     return pipe_or_model
+
+
+def _planner(target: Any, config: Config) -> BudgetPlanner | None:
+    """Keeps the config's memory budget, if it has one; refuses one that the weights exceed."""
+    if config.memory_budget is None:
+        return None
+    from accelrt.memory.sizes import parse_budget
+    from accelrt.planning.budget import BudgetPlanner
+
+    modules = {
+        name: component
+        for name, component in _components(target).items()
+        if isinstance(component, nn.Module)
+    }
+    spec = parse_budget(config.memory_budget)
+    planner = BudgetPlanner(spec, config, modules, standalone=isinstance(target, nn.Module))
+    planner.check_weights()
+    return planner
+
+
+def plan(
+    pipe_or_model: Any,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    batch: int = 1,
+    guidance: bool = True,
+    memory_budget: int | str | None = None,
+    config: Config | None = None,
+) -> Plan:
+    """How a pipeline or model keeps a memory budget for requests of one size.
+
+    Nothing runs and no weights are read: the models are looked at on meta tensors, so they
+    may themselves be on the meta device. The pipeline is not changed, and need not be
+    wrapped.
+
+    Args:
+        pipe_or_model: a ``DiffusionPipeline`` or a model of a supported class.
+        height, width: of the pictures in pixels; by default what the model was made for.
+        num_frames: per video; by default what the model was made for, or 16.
+        batch: pictures or videos.
+        guidance: classifier-free guidance: two samples of each.
+        memory_budget: as in :class:`Config`; ``None`` for ``"auto"``.
+        config: slice lengths and switches; the defaults if ``None``.
+
+    Returns:
+        A :class:`~accelrt.planning.Plan`: slices, passes, offsets and peaks of every model,
+        beside the peaks of the stock models. It prints as a table.
+
+    Raises:
+        UnsupportedModelError: nothing in it is of a supported class.
+        BudgetError: no exact plan fits; it names the smallest budget that can be met.
+        ValueError: for a wrong size or budget.
+    """
+    from accelrt.models import supported
+    from accelrt.planning.pipeline import plan_parts, request_shape, takes_image
+
+    parts = _parts(pipe_or_model)
+    if not parts:
+        raise UnsupportedModelError(
+            f"{type(pipe_or_model).__name__} has no supported component; "
+            f"supported models: {', '.join(supported())}"
+        )
+    config = (Config() if config is None else config).override(memory_budget=memory_budget)
+    shape = request_shape(
+        pipe_or_model, parts, height=height, width=width, num_frames=num_frames, batch=batch,
+        guidance=guidance,
+    )  # fmt: skip
+    modules = {
+        name: component
+        for name, component in _components(pipe_or_model).items()
+        if isinstance(component, nn.Module)
+    }
+    return plan_parts(
+        parts, modules, config, shape,
+        takes_image=takes_image(pipe_or_model),
+        standalone=isinstance(pipe_or_model, nn.Module),
+        stock=True,
+    )  # fmt: skip
 
 
 def unwrap(pipe_or_model: Any) -> Any:
@@ -84,6 +169,9 @@ def unwrap(pipe_or_model: Any) -> Any:
     if not wrapped:
         raise ValueError(f"{type(pipe_or_model).__name__} is not wrapped")
     for module in wrapped:
+        forward = find(module)
+        if forward is not None and forward.planner is not None:
+            forward.planner.release()
         restore(module)
     return pipe_or_model
 

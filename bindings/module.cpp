@@ -5,6 +5,7 @@
 
 #include "accelrt/cpu_isa.h"
 #include "accelrt/parallel.h"
+#include "memory.h"
 
 namespace py = pybind11;
 
@@ -52,4 +53,5 @@ PYBIND11_MODULE(_C, m) {
       "The instruction set in use (see ACCELRT_CPU_ISA).");
   m.def("set_isa", &accelrt::set_isa, py::arg("name"),
         "Force 'generic', 'avx2' or 'avx512' in this process.");
+  accelrt::bindings::bind_memory(m);
 }

@@ -69,12 +69,18 @@ DIT_CASES: dict[str, Case] = {
         functools.partial(zoo.tiny_dit, activation_fn="geglu", norm_elementwise_affine=True),
         {"hidden_states": zoo.normal(2, 4, 8, 8)},
     ),
+    "eight-heads": (
+        functools.partial(zoo.tiny_dit, num_attention_heads=8, attention_head_dim=3),
+        {"hidden_states": zoo.normal(2, 4, 12, 12)},
+    ),
 }
 
 DIT_CONFIGS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "samples": {"samples_per_slice": 1, "ff_rows": 5},
     "rows": {"samples_per_slice": 2, "ff_rows": 64, "inplace": False},
+    "bands": {"slice_mib": 0.0005},  # of 4 to 16 tokens
+    "one-by-one": {"slice_mib": 1e-6, "samples_per_pass": 1},
     "unfused": {"samples_per_slice": 1, "ff_rows": 64, "fuse": False},
 }
 

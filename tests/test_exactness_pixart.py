@@ -31,6 +31,10 @@ def _token_mask(batch: int, tokens: int) -> Tensor:
     return kept.long()
 
 
+def _six_heads() -> Any:
+    return pixart.tiny_pixart(num_attention_heads=6, attention_head_dim=4)
+
+
 # Name -> (model, batch, height, width, inputs that differ from the usual ones).
 CASES: dict[str, tuple[Callable[[], Any], int, int, int, dict[str, Any]]] = {
     "b2-8": (pixart.tiny_pixart, 2, 8, 8, {}),
@@ -57,6 +61,14 @@ CASES: dict[str, tuple[Callable[[], Any], int, int, int, dict[str, Any]]] = {
     "no-cross-attention": (
         functools.partial(pixart.tiny_pixart, cross_attention_dim=None), 2, 8, 8, {}
     ),
+    "six-heads": (_six_heads, 2, 12, 20, {"attention_mask": _token_mask(2, 60)}),
+    "six-heads-bias": (
+        _six_heads, 2, 8, 12,
+        {
+            "attention_mask": zoo.normal(12, 24, 24, seed=6),
+            "encoder_attention_mask": zoo.normal(2, 24, pixart.CAPTION_LENGTH, seed=5),
+        },
+    ),
     "one-patch": (pixart.tiny_pixart, 40, 3, 2, {}),
 }  # fmt: skip
 
@@ -66,6 +78,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "two": {"samples_per_slice": 2, "ff_rows": 64},
     "not-in-place": {"samples_per_slice": 1, "inplace": False},
     "unfused": {"samples_per_slice": 2, "ff_rows": 5, "fuse": False},
+    "bands": {"slice_mib": 0.0005},  # of 2 to 11 tokens
+    "one-token": {"slice_mib": 1e-6},
+    "bands-unfused": {"slice_mib": 0.0005, "fuse": False},
+    "one-by-one": {"slice_mib": 0.0003, "samples_per_pass": 1, "inplace": False},
 }
 
 
@@ -185,8 +201,11 @@ def untouched(model: Any) -> set[str]:
 
 
 def check(model: Any, **options: Any) -> tuple[str, str]:
-    """Stock and wrapped agree; returns the status of the second block."""
+    """Stock and wrapped agree, in bands too; returns the status of the second block."""
     before = run(model, **options)
+    accelrt.wrap(model, slice_mib=0.0005, samples_per_pass=1)
+    assert zoo.relative_error(run(model, **options), before) < 1e-13
+    accelrt.unwrap(model)
     accelrt.wrap(model, samples_per_slice=1, ff_rows=5)
     assert zoo.relative_error(run(model, **options), before) < 1e-13
     assert not accelrt.summary(model).stock
@@ -249,7 +268,11 @@ MISUSES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("misuse", MISUSES)
 @pytest.mark.parametrize("build", [pixart.tiny_pixart, pixart.alpha_1024])
-def test_raises_what_stock_raises(build: Any, misuse: str) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [{"samples_per_slice": 1}, {"slice_mib": 0.0005}, {"slice_mib": 1e-6, "samples_per_pass": 1}],
+)
+def test_raises_what_stock_raises(config: dict[str, Any], build: Any, misuse: str) -> None:
     model = build().double()
     conditioned = build is pixart.alpha_1024
     given = {"added_cond_kwargs": pixart.conditions(2) if conditioned else None}
@@ -258,7 +281,7 @@ def test_raises_what_stock_raises(build: Any, misuse: str) -> None:
         before: Any = run(model, **options)
     except Exception as error:
         before = error
-    accelrt.wrap(model, samples_per_slice=1)
+    accelrt.wrap(model, **config)
     if isinstance(before, Tensor):
         assert zoo.relative_error(run(model, **options), before) < 1e-13
         return
@@ -445,8 +468,9 @@ def test_hooks_on_leaves_and_blocks(model: Any) -> None:
     assert check(model)[0] == "fused"
 
 
+@pytest.mark.parametrize("config", [{}, {"slice_mib": 0.0005}])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_hooks_may_keep_what_they_saw(model: Any, batch: int) -> None:
+def test_hooks_may_keep_what_they_saw(model: Any, batch: int, config: dict[str, Any]) -> None:
     kept: list[tuple[Tensor, Tensor]] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -456,7 +480,7 @@ def test_hooks_may_keep_what_they_saw(model: Any, batch: int) -> None:
     for module in (model.pos_embed, first, second.attn1.to_out[0], second.attn2.to_q,
                    second.attn2.to_out[0], second.ff.net[0], second.ff.net[2]):  # fmt: skip
         module.register_forward_hook(keep)
-    accelrt.wrap(model)
+    accelrt.wrap(model, **config)
     inputs = zoo.to_dtype(pixart.inputs(batch, 8, 12), torch.float64)
     with torch.no_grad():
         model(**inputs)

@@ -20,6 +20,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "smallest": {"frames_per_slice": 1, "pixels_per_slice": 7, "samples_per_slice": 1},
     "rows": {"slice_mib": 0.01, "vae_images": None},
     "not-in-place": {"frames_per_slice": 5, "pixels_per_slice": 50, "inplace": False},
+    "bands": {"bands": True, "slice_mib": 0.02},
+    "recompute": {"bands": True, "slice_mib": 0.02, "recompute": "always"},
+    "least": {"bands": True, "slice_mib": 1e-4, "recompute": "always", "vae_images": None},
+    "recompute-not-in-place": {
+        "bands": True,
+        "slice_mib": 0.1,
+        "recompute": "always",
+        "inplace": False,
+    },
+    "recompute-unfused": {
+        "pixels_per_slice": 50,
+        "frames_per_slice": 1,
+        "recompute": "always",
+        "fuse": False,
+    },
     "unfused": {"frames_per_slice": 3, "pixels_per_slice": 100, "fuse": False},
 }
 # Videos, frames, height and width of the latents.
@@ -204,6 +219,76 @@ def test_lora_on_temporal_convolutions() -> None:
     assert zoo.relative_error(decode(vae, (1, 7, 8, 8)), before) < 1e-13
     rows = {r["group"]: r["status"] for r in accelrt.summary(vae).to_dict()["groups"]}
     assert rows["up_blocks.0.resnets.1.temporal_res_block"] == "fused"
+
+
+def three_levels(**overrides: Any) -> AutoencoderKLTemporalDecoder:
+    """A chain of transitions of different sizes."""
+    settings: dict[str, Any] = {"block_out_channels": (32, 64, 64), "layers_per_block": 1}
+    settings.update(overrides)
+    count = len(settings["block_out_channels"])
+    vae = AutoencoderKLTemporalDecoder(down_block_types=("DownEncoderBlock2D",) * count, **settings)
+    return zoo.randomise(vae)
+
+
+@pytest.mark.parametrize("config", ["smallest", "bands", "recompute", "least"])
+@pytest.mark.parametrize("channels", [(32, 64, 64), (32, 32, 32), (64, 32, 96), (96, 32, 32, 64)])
+def test_outputs_over_dead_inputs(channels: tuple[int, ...], config: str) -> None:
+    """Whatever the sizes of the transitions, one storage or several."""
+    vae = three_levels(block_out_channels=channels).double()
+    before = decode(vae, (2, 5, 3, 5))
+    accelrt.wrap(vae, **CONFIGS[config])
+    assert zoo.relative_error(decode(vae, (2, 5, 3, 5)), before) < 1e-13
+
+
+@pytest.mark.parametrize("config", ["smallest", "bands", "recompute"])
+@pytest.mark.parametrize("keep", [1, 3, 4])
+def test_who_holds_hidden_states_keeps_them(keep: int, config: str) -> None:
+    """Outputs go over dead inputs, not over those that an observer holds."""
+
+    class Keeper:
+        def __init__(self) -> None:
+            self.kept: list[tuple[Tensor, Tensor]] = []
+            self.seen = 0
+
+        def enter(self, stage: Any, group: Any, state: Any) -> None:
+            self.seen += 1
+
+        def leave(self, stage: Any, group: Any, state: Any) -> None:
+            if self.seen % keep == 0:
+                state.hold(state.hidden)
+                self.kept.append((state.hidden, state.hidden.clone()))
+
+    vae = three_levels().double()
+    before = decode(vae, (1, 5, 3, 5))
+    accelrt.wrap(vae, **CONFIGS[config])
+    forward: Any = vae.decoder.forward
+    forward.observer = keeper = Keeper()
+    assert zoo.relative_error(decode(vae, (1, 5, 3, 5)), before) < 1e-13
+    assert len(keeper.kept) > 3
+    assert all(torch.equal(now, then) for now, then in keeper.kept)
+
+
+@pytest.mark.parametrize("where", ["", "spatial_res_block", "temporal_res_block"])
+def test_a_hook_that_keeps_its_inputs(where: str) -> None:
+    """What a module with a hook has seen is not written over."""
+    vae = three_levels().double()
+    before = decode(vae, (1, 5, 3, 5))
+    accelrt.wrap(vae, **CONFIGS["least"])
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        kept.append((inputs[0], inputs[0].clone()))
+
+    resnet = vae.decoder.up_blocks[1].resnets[1]
+    module: nn.Module = resnet.get_submodule(where)
+
+    def keep_named(module: nn.Module, args: Any, kwargs: Any) -> None:
+        keep(module, args or tuple(kwargs.values()))
+
+    module.register_forward_pre_hook(keep_named, with_kwargs=True)
+    assert zoo.relative_error(decode(vae, (1, 5, 3, 5)), before) < 1e-13
+    assert len(kept) == 1
+    assert all(torch.equal(now, then) for now, then in kept)
 
 
 def test_frames_that_make_no_videos_raise_what_stock_raises() -> None:

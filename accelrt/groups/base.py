@@ -48,6 +48,8 @@ class Group(ABC):
 
     axis = ""
     classes: tuple[type, ...] = ()
+    #: ``recompute`` decides whether its skip is kept, which later groups feel.
+    makes_skip = False
 
     def __init__(self, name: str, module: nn.Module, config: Config) -> None:
         self.name = name
@@ -56,6 +58,10 @@ class Group(ABC):
         self.length: int | None = None
         self.total: int | None = None
         self.left_alone = ""
+
+    def configure(self, config: Config) -> None:
+        """Set the slice lengths and switches anew."""
+        self.config = config
 
     @abstractmethod
     def run(self, state: State) -> None:

@@ -13,7 +13,7 @@ from accelrt import ops
 from accelrt.config import Config
 
 from .recognise import is_inactive_dropout, is_plain, is_plain_linear, is_row_wise
-from .slicing import slice_length
+from .slicing import slice_length, starts
 
 Add = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -85,11 +85,11 @@ class FeedForwardRunner:
         self.rows = rows
         if rows >= length:
             step = rows // length
-            for start in range(0, batch, step):
+            for start in starts(batch, step, x):
                 yield slice(start, start + step), slice(None)
             return
-        for sample in range(batch):
-            for start in range(0, length, rows):
+        for sample in starts(batch, 1, x):
+            for start in starts(length, rows, x):
                 yield slice(sample, sample + 1), slice(start, start + rows)
 
     def __call__(
@@ -116,6 +116,7 @@ class FeedForwardRunner:
                 self._add(y, residual[samples, rows], None if gate is None else gate[samples])
             else:
                 add(y, residual[samples, rows], x[samples, rows])
+            del y  # not beside the next hidden activation
 
     def _add(self, y: Tensor, residual: Tensor, gate: Tensor | None) -> None:
         if gate is not None:

@@ -69,6 +69,18 @@ def mixes(block: nn.Module, items: str = "images") -> str:
     return ""
 
 
+def mixes_samples(model: nn.Module) -> str:
+    """Why all samples of a batch must go through a model together; empty if each goes alone.
+
+    Attention processors that are not known may look at the whole batch.
+    """
+    for name, module in model.named_modules():
+        processor = getattr(module, "processor", None)
+        if processor is not None and type(processor) not in _PER_ROW:
+            return f"{name}: {type(processor).__name__} may mix samples"
+    return ""
+
+
 def together(blocks: Iterable[nn.Module], items: str = "images", name: str = "block") -> str:
     """Why the rows of some blocks must pass in one slice; empty if they need not."""
     for index, block in enumerate(blocks):

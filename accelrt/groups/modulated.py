@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers.models.attention import BasicTransformerBlock
@@ -12,12 +13,13 @@ from accelrt import ops
 from accelrt.config import Config
 
 from .attention import attention_reason
+from .banded_attention import BandedAttention, band_length
 from .base import Group
 from .feed_forward import FeedForwardRunner, activation_remark, feed_forward_reason
 from .independence import mixes
 from .recognise import plain_norm
 from .sample_attention import SampleAttention
-from .slicing import slice_length
+from .slicing import slice_length, starts
 from .state import State, with_rows
 
 
@@ -26,7 +28,8 @@ class ModulatedBlockGroup(Group):
 
     Modulated norm, self-attention, gate; cross-attention, if the block has it; modulated
     norm, feed-forward, gate. Samples are independent; inside a slice of samples the
-    feed-forward is sliced along tokens. Layers that may mix samples see all of them.
+    feed-forward is sliced along tokens, and a single sample that exceeds the slice size is
+    sliced along tokens throughout. Layers that may mix samples see all of them.
     """
 
     axis = "samples"
@@ -126,9 +129,25 @@ class ModulatedBlockGroup(Group):
         self.measured(n, batch)
         block: Any = self.module
         feed_forward = FeedForwardRunner(block.ff, self.config)
-        for start in range(0, batch, n):
+        banded = None
+        exceeds = n == 1 and band_length(stream, self.config) < length
+        if exceeds and self._by_tokens(attentions, feed_forward):
+            banded = BandedAttention(attentions[0], stream, self.config)
+        for start in starts(batch, n, stream):
             part = slice(start, start + n)
-            self._samples(stream[part], modulation[part], part, attentions, feed_forward)
+            if banded is None:
+                self._samples(stream[part], modulation[part], part, attentions, feed_forward)
+            else:
+                self._bands(stream[part], modulation[part], part, banded, attentions, feed_forward)
+
+    def _by_tokens(
+        self, attentions: tuple[SampleAttention, ...], feed_forward: FeedForwardRunner
+    ) -> bool:
+        """Every layer but the first attention's keys and values may see a band of tokens."""
+        plain = all(plain_norm(norm, nn.LayerNorm, None) for _, norm in self.norms())
+        layers = all(attention.by_tokens for attention in attentions)
+        contexts = all(attention.context is not None for attention in attentions[1:])
+        return plain and layers and contexts and feed_forward.known
 
     def _samples(
         self,
@@ -139,28 +158,74 @@ class ModulatedBlockGroup(Group):
         feed_forward: FeedForwardRunner,
     ) -> None:
         """Run the block on some samples ``[b, S, D]``, in place."""
-        (_, norm1), (_, norm2) = self.norms()
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)
-        gate: Tensor | None = gate1
+        norm = self.norms()[0][1]
+        shift, scale, first_gate, *rest = modulation.unbind(1)
+        gate: Tensor | None = first_gate
         last = attentions[0]
-        y = last.attend(self._norm(norm1, stream, scale1, shift1), part)
-        for last in attentions[1:]:
+        y = last.attend(self._norm(norm, stream, scale, shift), part)
+        for following in attentions[1:]:
             _add(stream, y, gate)
             del y
+            last, gate = following, None
             y = last.attend(stream.clone() if last.keeps_input else stream, part)
-            gate = None
-        fused = self.config.fuse and plain_norm(norm2, nn.LayerNorm, stream.dtype)
+        normed = self._add_norm(stream, y, gate, rest, last.fresh)
+        del y
+        feed_forward(normed, stream, rest[2])
+
+    def _bands(
+        self,
+        stream: Tensor,
+        modulation: Tensor,
+        part: slice,
+        banded: BandedAttention,
+        attentions: tuple[SampleAttention, ...],
+        feed_forward: FeedForwardRunner,
+    ) -> None:
+        """Run the block on one sample ``[1, S, D]``, in place, some tokens at a time."""
+        norm = self.norms()[0][1]
+        shift, scale, first_gate, *rest = modulation.unbind(1)
+
+        def normed_rows(rows: slice) -> Tensor:
+            return self._norm(norm, stream[:, rows], scale, shift)
+
+        banded.prepare(normed_rows, part)
+        keys = [attention.context_keys(part) for attention in attentions[1:]]
+        gate: Tensor | None
+        for start in starts(stream.shape[1], banded.rows, stream):
+            rows = slice(start, start + banded.rows)
+            band, gate, last = stream[:, rows], first_gate, attentions[0]
+            y = banded.attend(normed_rows, part, rows)
+            for following, (k, v) in zip(attentions[1:], keys, strict=True):
+                _add(band, y, gate)
+                del y
+                last, gate = following, None
+                y = last.queries(band.clone() if last.keeps_input else band, k, v, part, rows)
+            normed = self._add_norm(band, y, gate, rest, last.fresh)
+            del y
+            feed_forward(normed, band, rest[2])
+            del normed
+
+    def _add_norm(
+        self,
+        stream: Tensor,
+        y: Tensor,
+        gate: Tensor | None,
+        modulation: Sequence[Tensor],
+        overwrite: bool,
+    ) -> Tensor:
+        """``stream += gate * y``; returns its modulated norm, in place of ``y`` if allowed."""
+        norm = self.norms()[1][1]
+        shift, scale = modulation[0], modulation[1]
+        fused = self.config.fuse and plain_norm(norm, nn.LayerNorm, stream.dtype)
         if fused and y.dtype == stream.dtype and y.shape == stream.shape:
             y = with_rows(y)
             normed, _ = ops.gate_residual_layer_norm_modulate(
-                y, stream, gate, norm2.weight, norm2.bias, scale=scale2, shift=shift2,
-                eps=norm2.eps, out=y if last.fresh else None, residual_out=stream,
+                y, stream, gate, norm.weight, norm.bias, scale=scale, shift=shift,
+                eps=norm.eps, out=y if overwrite else None, residual_out=stream,
             )  # fmt: skip
-        else:
-            _add(stream, y, gate)
-            normed = self._norm(norm2, stream, scale2, shift2)
-        del y
-        feed_forward(normed, stream, gate2)
+            return normed
+        _add(stream, y, gate)
+        return self._norm(norm, stream, scale, shift)
 
     def _norm(self, norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         if self.config.fuse and plain_norm(norm, nn.LayerNorm, x.dtype):

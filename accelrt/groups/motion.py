@@ -16,7 +16,7 @@ from .base import Group, Status
 from .independence import together
 from .norms import ClipNorm, unfused_norm
 from .recognise import is_plain_linear, is_row_wise
-from .slicing import slice_length
+from .slicing import slice_length, starts
 from .state import State, channels_last, empty_images, tokens
 from .transformer_block import (
     BlockRunner,
@@ -105,7 +105,7 @@ class MotionGroup(Group):
         in_place = self.config.inplace and state.writable(x)
         out = x if in_place else empty_images(x, *x.shape)
         source, target = tokens(x), tokens(out)  # [N, H * W, C]
-        for start in range(0, pixels, p):
+        for start in starts(pixels, p, x):
             part, into = source[:, start : start + p], target[:, start : start + p]
             stream: Tensor = module.proj_in(norm(start, start + p))
             if not own_stream:

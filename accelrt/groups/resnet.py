@@ -11,11 +11,24 @@ from torch import Tensor, nn
 from accelrt import ops
 from accelrt.config import Config
 
-from .base import Group, by_name
+from .bands import (
+    BandedResnet,
+    NearestRows,
+    enlarge_in_bands,
+    resnet_bands_reason,
+    rows_per_band,
+    upsampler_conv,
+)
+from .base import UNTOUCHED, Group, Status, by_name
 from .norms import GroupNormAct, unfused_norm
 from .recognise import is_inactive_dropout, is_plain_conv, is_silu
-from .slicing import slice_length
+from .sampling import UpsampleGroup
+from .skips import Skip, whole
+from .slab import FrameSlab, overlap
+from .slicing import slice_length, starts
 from .state import State, channels_last, empty_images, nhwc, per_image
+
+_FREEU = ("s1", "s2", "b1", "b2")
 
 
 class ResnetGroup(Group):
@@ -28,6 +41,7 @@ class ResnetGroup(Group):
         name, module, config: as in :class:`Group`.
         joins: pop a skip and join it to the hidden states along the channels.
         owner: the up block, whose FreeU attributes are honoured.
+        before: the upsampler that precedes the block; its output exists for a slice only.
     """
 
     axis = "frames"
@@ -41,10 +55,14 @@ class ResnetGroup(Group):
         *,
         joins: bool = False,
         owner: nn.Module | None = None,
+        before: UpsampleGroup | None = None,
     ) -> None:
         super().__init__(name, module, config)
         self.joins = joins
         self.owner = owner
+        self.before = before
+        if before is not None:
+            before.deferred = True
 
     def configured_length(self) -> int | None:
         """Images per slice."""
@@ -71,37 +89,60 @@ class ResnetGroup(Group):
             *unfused_norm("norm2", block.norm2, block.nonlinearity),
         ]
 
-    def _freeu(self, state: State, x: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    def status(self) -> Status:
+        """Also why the block takes no bands where the config asks for them."""
+        status = super().status()
+        if self.config.bands and self.config.fuse and status.kind != UNTOUCHED:
+            why = resnet_bands_reason(self.module, None)
+            if not why and self.before is not None:
+                plain = self.before.unsliced() or upsampler_conv(self.before.module, None)
+                why = "" if plain else "the upsampler has no plain 3x3 convolution"
+            if why:
+                status.reason = "; ".join(filter(None, (status.reason, f"no bands: {why}")))
+        return status
+
+    def _has_freeu(self) -> bool:
         owner: Any = self.owner
-        names = ("s1", "s2", "b1", "b2")
-        values = {name: getattr(owner, name, None) for name in names}
-        if owner.resolution_idx not in (0, 1) or not all(values.values()):
-            return x, x2
+        if owner is None or owner.resolution_idx not in (0, 1):
+            return False
+        return all(getattr(owner, name, None) for name in _FREEU)
+
+    def _freeu(self, state: State) -> None:
+        """Scale hidden states and next skip, both whole."""
+        owner: Any = self.owner
+        x, x2 = state.take(), whole(state.skips.pop())
         from diffusers.utils.torch_utils import apply_freeu
 
         if x is x2 or not state.writable(x):
             x = x.clone()  # FreeU scales half of the channels in place
+        values = {name: getattr(owner, name) for name in _FREEU}
         x, x2 = apply_freeu(owner.resolution_idx, x, x2, **values)
-        return channels_last(x), channels_last(x2)
+        state.hidden = channels_last(x)
+        state.skips.append(channels_last(x2))
 
     def run(self, state: State) -> None:
         """One ResNet block on ``state.hidden`` (and the popped skip)."""
-        x = state.take()
-        x2 = state.skips.pop() if self.joins else None
-        if x2 is not None and self.owner is not None:
-            x, x2 = self._freeu(state, x, x2)
-        block: Any = self.module
         reason = self.unrecognised()
         if not reason and state.temb is not None and self._drops_time():
             reason = "a time embedding without a projection"
+        freeu = self.joins and self._has_freeu()
+        pending = self.before is not None and self.before.is_pending(state)
+        if self.before is not None and pending and (reason or freeu):
+            self.before.enlarge(state)
+            pending = False
+        if freeu:
+            self._freeu(state)
         if reason:
             self.left_alone = reason
-            full = x if x2 is None else torch.cat([x, x2], dim=1)
-            y = by_name(block, ResnetBlock2D, input_tensor=full, temb=state.temb_per_image())
+            x = state.take()
+            full = torch.cat([x, whole(state.skips.pop())], dim=1) if self.joins else x
+            temb = state.temb_per_image()
+            y = by_name(self.module, ResnetBlock2D, input_tensor=full, temb=temb)
             state.hidden = channels_last(y)
             state.hold(state.hidden)
             return
-        state.hidden = self._sliced(state, x, x2)
+        plan = _Plan(self, state, self.before if pending else None)
+        state.hidden = self._banded(state, plan) if plan.banded else self._sliced(state, plan)
 
     def _drops_time(self) -> bool:
         """The stock block would add the bare embedding, which has the wrong width."""
@@ -124,78 +165,170 @@ class ResnetGroup(Group):
             rows = block.nonlinearity(state.temb)
         return per_image(block.time_emb_proj(rows), state.frames)
 
-    def _sliced(self, state: State, x: Tensor, x2: Tensor | None) -> Tensor:
+    def _modulation(self, state: State) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What the second norm adds, scales and shifts by: ``[N, C]`` each, or ``None``."""
         block: Any = self.module
-        fuse = self.config.fuse
+        rows = self._time_rows(state)
+        if rows is None or block.time_embedding_norm != "scale_shift":
+            return rows, None, None
+        scale, shift = rows.chunk(2, dim=1)
+        return None, scale, shift
+
+    def _sliced(self, state: State, plan: _Plan) -> Tensor:
+        """Whole images, some at a time."""
+        block: Any = self.module
+        x = state.take()
+        x2 = state.skips.pop() if self.joins else None
+        fuse, before = self.config.fuse, plan.before
         first = GroupNormAct(block.norm1, block.nonlinearity, x.dtype, fuse)
         second = GroupNormAct(block.norm2, block.nonlinearity, x.dtype, fuse)
         overwrite1, overwrite2 = is_plain_conv(block.conv1), is_plain_conv(block.conv2)
         resample = block.upsample if block.upsample is not None else block.downsample
         scale = 1.0 / block.output_scale_factor
-        rows = self._time_rows(state)
-        time_scale = time_shift = None
-        if rows is not None and block.time_embedding_norm == "scale_shift":
-            time_scale, time_shift = rows.chunk(2, dim=1)
-            rows = None
+        modulation = self._modulation(state)
 
-        images, channels, height, width = x.shape
-        joined = channels if x2 is None else channels + x2.shape[1]
-        widest = max(joined, block.out_channels) * height * width * x.element_size()
-        n = slice_length(images, self.config.frames_per_slice, widest, self.config, x.device)
-        self.measured(n, images)
-
+        images, n = plan.images, plan.length
+        self._measured(plan, n, images, "frames")
         single = n >= images
         out: Tensor | None = None
-        for start in range(0, images, n):
+        for start in starts(images, n, x):
             stop = min(start + n, images)
             xs = x if single else x[start:stop]
-            ys = x2 if single or x2 is None else x2[start:stop]
+            ys = _images(x2, start, stop)
+            if before is not None:
+                enlarge: Any = before.module
+                xs = channels_last(enlarge(xs, plan.size))
             h = first(xs, ys)
             if resample is not None:
                 h = resample(h)
             h = block.conv1(h)
-            h = second(
-                h,
-                add=None if rows is None else rows[start:stop],
-                scale=None if time_scale is None else time_scale[start:stop],
-                shift=None if time_shift is None else time_shift[start:stop],
-                overwrite=overwrite1,
-            )
+            add, times, shift = (_images(t, start, stop) for t in modulation)
+            h = second(h, add=add, scale=times, shift=shift, overwrite=overwrite1)
             h = block.conv2(h)
-            residual = xs
-            if resample is not None or block.conv_shortcut is not None:
-                residual = xs if ys is None else torch.cat([xs, ys], dim=1)
-                if resample is not None:
-                    residual = resample(residual)
-                if block.conv_shortcut is not None:
-                    residual = block.conv_shortcut(residual)
-            elif ys is not None:
-                residual = torch.cat([xs, ys], dim=1)
+            residual = xs if ys is None else torch.cat([xs, ys], dim=1)
+            del xs, ys
+            if resample is not None:
+                residual = resample(residual)
+            if block.conv_shortcut is not None:
+                residual = block.conv_shortcut(residual)
             if single:
                 target = h if overwrite2 else torch.empty_like(h)
                 out = target
             else:
                 if out is None:
-                    out = self._output(state, x, x2, h, images)
+                    out = self._output(state, x, x2, h, tuple(h.shape[1:]))
                 target = out[start:stop]
             _residual_sum(residual, h, block.output_scale_factor, scale, target, fuse)
+            del h, residual, target
         assert out is not None
         return channels_last(out)
 
-    def _output(self, state: State, x: Tensor, x2: Tensor | None, h: Tensor, images: int) -> Tensor:
-        """Where the slices go: over a dying input of the right shape, or a new buffer."""
-        shape = (images, *h.shape[1:])
+    def _banded(self, state: State, plan: _Plan) -> Tensor:
+        """One image at a time, in bands of rows."""
+        block: Any = self.module
+        x = state.take()
+        x2 = state.skips.pop() if self.joins else None
+        modulation = self._modulation(state)
+        rows, size, again = plan.rows, (plan.height, plan.width), self.config.recomputes
+        self._measured(plan, rows, plan.height, "rows")
+
+        nearest: NearestRows | None = None
+        enlarged: Tensor | None = None  # one image
+        if plan.before is not None:
+            nearest = NearestRows(plan.conv, x, size, rows)
+            if not again:
+                enlarged = empty_images(x, 1, plan.channels, *size)
+                if plan.images == 1:  # all of it, so that x dies before the output is made
+                    enlarge_in_bands(nearest, x, enlarged, rows)
+                    x, nearest = enlarged, None
+        shape = (block.conv2.out_channels, *size)
+        out = self._output(state, x, x2, x, shape)
+        bands = BandedResnet(block, x, size, rows, nearest if again else None)
+        own = out is x or out is x2 or block.conv1.out_channels != shape[0]
+        in_slab = out is not x and state.extras.get("slab") is not None
+        hidden: Tensor | None = None
+        if own and (not again or nearest is not None):
+            hidden = empty_images(x, 1, block.conv1.out_channels, *size)
+        for i in starts(plan.images, 1, x):
+            xi, ys, target = x[i : i + 1], _images(x2, i, i + 1), out[i : i + 1]
+            if in_slab and overlap(xi, target):
+                xi = xi.clone()
+            if nearest is not None and enlarged is not None:
+                enlarge_in_bands(nearest, xi, enlarged, rows)
+                xi = enlarged
+            add, scale, shift = (_images(t, i, i + 1) for t in modulation)
+            kept = hidden if own else target
+            bands(xi, ys, target, kept, add=add, scale=scale, shift=shift)
+            del xi, ys, target, kept
+        return out
+
+    def _measured(self, plan: _Plan, length: int, total: int, axis: str) -> None:
+        """Remember how the call was cut, also for the upsampler inside it."""
+        for group in (self, plan.before):
+            if group is not None:
+                group.axis = axis
+                group.measured(length, total)
+
+    def _output(
+        self, state: State, x: Tensor, x2: Skip | None, like: Tensor, shape: tuple[int, ...]
+    ) -> Tensor:
+        """Where the images go: over a dying input of the right shape, or a new buffer."""
+        images, (channels, height, width) = x.shape[0], shape
         if self.config.inplace:
             # A slice is written only after all its inputs were read.
             for dying in (x2, x):
                 if (
-                    dying is not None
-                    and dying.shape == shape
-                    and dying.dtype == h.dtype
+                    isinstance(dying, Tensor)
+                    and dying.shape == (images, *shape)
+                    and dying.dtype == like.dtype
                     and state.writable(dying)
                 ):
                     return dying
-        return empty_images(h, *shape)
+            slab: FrameSlab | None = state.extras.get("slab")
+            part = None if slab is None else slab.place(state, x, (channels, height, width))
+            if part is not None:
+                return part
+        return empty_images(like, images, channels, height, width)
+
+
+class _Plan:
+    """How one call of a group is cut.
+
+    Args:
+        group: the group.
+        state: its hidden states and skips are not taken yet.
+        before: the upsampler to be run on the group's slices.
+    """
+
+    def __init__(self, group: ResnetGroup, state: State, before: UpsampleGroup | None) -> None:
+        block: Any = group.module
+        config = group.config
+        x = state.hidden
+        assert x is not None
+        self.before = before
+        self.size = None if before is None else before.size(state)
+        shape = x.shape[1:] if before is None else before.shape(x, self.size)
+        self.images = x.shape[0]
+        self.channels, self.height, self.width = shape
+        joined = self.channels + (state.skips[-1].shape[1] if group.joins else 0)
+        row = max(joined, block.out_channels) * self.width * x.element_size()
+        wanted = config.frames_per_slice
+        self.length = slice_length(self.images, wanted, row * self.height, config, x.device)
+        self.rows = rows_per_band(self.height, row, config, x.device)
+        self.conv = None if before is None else upsampler_conv(before.module, x.dtype)
+        self.banded = (
+            self.rows < self.height
+            and config.fuse
+            and (before is None or self.conv is not None)
+            and not resnet_bands_reason(block, x.dtype)
+        )
+
+
+def _images(x: Skip | None, start: int, stop: int) -> Tensor | None:
+    """The images ``start`` to ``stop`` of a tensor, or of a skip that is recomputed."""
+    if x is None or not isinstance(x, Tensor):
+        return None if x is None else x.images(start, stop)
+    return x if stop - start == x.shape[0] else x[start:stop]
 
 
 def _residual_sum(

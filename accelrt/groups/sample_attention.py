@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import attention_reason, mix
-from .recognise import is_plain_linear
+from .recognise import is_plain_linear, is_row_wise
 
 
 def mask_by_sample(mask: Tensor, batch: int, heads: int, queries: int, keys: int) -> Tensor | None:
@@ -60,6 +61,14 @@ class SampleAttention:
         """Somebody may look at the input after the call: it must not be overwritten."""
         return not (self.known and is_plain_linear(self.attn.to_q))
 
+    @property
+    def by_tokens(self) -> bool:
+        """Every projection may be called for some tokens of a sample only."""
+        attn = self.attn
+        return self.known and all(
+            _is_free(layer) for layer in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
+        )
+
     def attend(self, x: Tensor, samples: slice) -> Tensor:
         """Attention of the tokens ``[n, S, D]`` of some samples."""
         attn = self.attn
@@ -76,3 +85,61 @@ class SampleAttention:
         del q, k, v
         projected: Tensor = attn.to_out[0](mixed)
         return projected
+
+    def context_keys(self, samples: slice) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[n, L, D]`` of the context of some samples."""
+        assert self.context is not None
+        context = self.context[samples]
+        return self.attn.to_k(context), self.attn.to_v(context)
+
+    def queries(self, x: Tensor, k: Tensor, v: Tensor, samples: slice, rows: slice) -> Tensor:
+        """Attention of the tokens ``[n, s, D]`` of some samples, with keys that are made.
+
+        Args:
+            x: the tokens ``rows``.
+            k, v: ``[n, L, D]``.
+            samples, rows: their places in the call.
+        """
+        q = self.attn.to_q(x)
+        del x
+        mixed = self.mix(q, k, v, samples, rows)
+        del q
+        projected: Tensor = self.attn.to_out[0](mixed)
+        return projected
+
+    def mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        samples: slice,
+        rows: slice,
+        heads: slice = slice(None),
+    ) -> Tensor:
+        """Scaled dot-product attention ``[n, s, h * d]`` of some rows and heads.
+
+        Args:
+            q: ``[n, s, h * d]``.
+            k, v: ``[n, L, h * d]``.
+            samples, rows, heads: their places in the call, for the mask.
+        """
+        attn = self.attn
+        mask = None if self.mask is None else self.mask[samples]
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask[:, heads]
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask[:, :, rows]
+        if q.shape[2] == attn.inner_dim:
+            return mix(attn, q, k, v, mask)
+        width = attn.inner_dim // attn.heads
+        # AttnProcessor2_0 ignores attn.scale, the older processor uses it.
+        scale = attn.scale if type(attn.processor) is AttnProcessor else None
+        q, k, v = (t.view(*t.shape[:2], -1, width).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return y.transpose(1, 2).flatten(2)
+
+
+def _is_free(layer: nn.Module) -> bool:
+    """Treats each row alone, and nobody counts its calls or loads its weights in them."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
+    return is_row_wise(layer) and not hooked

@@ -1,13 +1,23 @@
-"""Slice lengths: the rule behind ``None`` in the config."""
+"""Slice lengths: the rule behind ``None`` in the config; and the starts of slices."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
+from torch import Tensor
 
 from accelrt.config import Config
 
 CPU_SLICE_MIB = 8.0
 GPU_SLICE_MIB = 64.0
+
+
+def default_slice_mib(device: torch.device) -> float:
+    """What ``slice_mib=None`` means on a device."""
+    return CPU_SLICE_MIB if device.type == "cpu" else GPU_SLICE_MIB
 
 
 def slice_length(
@@ -28,9 +38,69 @@ def slice_length(
         return min(wanted, total)
     mib = config.slice_mib
     if mib is None:
-        mib = CPU_SLICE_MIB if device.type == "cpu" else GPU_SLICE_MIB
+        mib = default_slice_mib(device)
     longest = max(1, int(mib * 2**20) // max(1, bytes_per_item))
     if longest >= total:
         return total
     pieces = -(-total // longest)
     return -(-total // pieces)
+
+
+class Probe:
+    """A dry run on meta tensors, in which equal slices are run once.
+
+    Attributes:
+        repeats: how many slices stand behind what runs now.
+        left_out_bytes: live beside all of it, had every pass been run.
+    """
+
+    def __init__(self) -> None:
+        self.repeats = 1
+        self.left_out_bytes = 0
+
+
+_local = threading.local()
+
+
+@contextmanager
+def probing() -> Iterator[Probe]:
+    """Meta tensors of this thread go through the first two slices and the last only.
+
+    Their memory is that of all slices: the first makes the buffers, those between are
+    equal, the last may be shorter.
+    """
+    outer = getattr(_local, "probe", None)
+    _local.probe = probe = Probe()
+    try:
+        yield probe
+    finally:
+        _local.probe = outer
+
+
+def current_probe(like: Tensor) -> Probe | None:
+    """The probe of this thread, for meta tensors."""
+    if like.device.type != "meta":
+        return None
+    probe: Probe | None = getattr(_local, "probe", None)
+    return probe
+
+
+def starts(total: int, step: int, like: Tensor) -> Iterable[int]:
+    """``range(0, total, step)``: where the slices of a group start.
+
+    Args:
+        total: items along the sliced axis.
+        step: items in a slice.
+        like: any tensor of the group; on a meta tensor a probe leaves slices out.
+    """
+    probe = current_probe(like)
+    return range(0, total, step) if probe is None else _probed(range(0, total, step), probe)
+
+
+def _probed(all_starts: range, probe: Probe) -> Iterator[int]:
+    count = len(all_starts)
+    outer = probe.repeats
+    for index in range(count) if count < 3 else (0, 1, count - 1):
+        probe.repeats = outer * (count - 2) if index == 1 and count > 2 else outer
+        yield all_starts[index]
+    probe.repeats = outer

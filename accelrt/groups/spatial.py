@@ -13,12 +13,14 @@ from torch import Tensor
 from accelrt import ops
 
 from .attention import CrossAttention, attend, attention_reason, self_attention
+from .banded_attention import BandedAttention, band_length
 from .base import Group, Status
 from .image_conditioning import ImageConditioning, unsliceable
 from .independence import together
 from .norms import GroupNormAct, unfused_norm
 from .recognise import is_plain_conv, is_plain_linear, is_pointwise_conv
-from .slicing import slice_length
+from .sample_attention import SampleAttention
+from .slicing import slice_length, starts
 from .state import State, channels_last, empty_images, tokens
 from .transformer_block import (
     BlockRunner,
@@ -123,7 +125,7 @@ class SpatialTransformerGroup(Group):
         in_place = self.config.inplace and state.writable(x)
         out = x if in_place else empty_images(x, images, module.out_channels, height, width)
         source, target = tokens(x), tokens(out)
-        for start in range(0, images, n):
+        for start in starts(images, n, x):
             stop = min(start + n, images)
             stream = self._project_in(norm(x[start:stop]))
             for run in blocks:
@@ -179,9 +181,20 @@ class SpatialTransformerGroup(Group):
         first = self._self_attention(block.attn1, given)
         second = None if block.attn2 is None else self._cross_attention(block.attn2, state, given)
 
+        banded = SampleAttention(block.attn1, self.config.fuse, x.dtype)
+        by_tokens = banded.by_tokens and given.self_bias is None
+        attention: BandedAttention | None = None  # its buffers serve all images
+
         def parts(stream: Tensor, start: int, stop: int) -> Tensor:
+            nonlocal attention
             cross = None if second is None else _of_images(second, start, stop)
-            runner(stream, _of_images(first, start, stop), cross)
+            tokens = stream.shape[1]
+            if by_tokens and stop - start == 1 and band_length(stream, self.config) < tokens:
+                if attention is None:
+                    attention = BandedAttention(banded, stream, self.config)
+                runner.run_in_bands(stream, attention, cross, slice(start, stop))
+            else:
+                runner(stream, _of_images(first, start, stop), cross)
             return stream
 
         return parts

@@ -14,13 +14,15 @@ from accelrt import ops
 from accelrt.config import Config
 
 from .attention import CrossAttention, attention_reason, rows_of_images, self_attention
+from .banded_attention import BandedAttention, band_length
 from .base import FUSED, Group, Status
 from .independence import together
 from .mixing import image_only, mixer_reason, spatial_weight
 from .norms import GroupNormAct, unfused_norm
 from .recognise import has_plain_weights, is_plain_linear, is_row_wise
-from .slicing import slice_length
-from .state import State, channels_last, empty_images, tokens
+from .sample_attention import SampleAttention
+from .slicing import slice_length, starts
+from .state import State, channels_last, empty_images, empty_rows, tokens
 from .temporal_block import TemporalBlockRunner, temporal_block_parts, temporal_block_reason
 from .transformer_block import BlockRunner, block_parts, block_reason
 
@@ -154,7 +156,7 @@ class SpatioTemporalTransformerGroup(Group):
                 module.temporal_transformer_blocks[index], x, context, frames
             )
             final = index == last
-            for start in range(0, pixels, p):
+            for start in starts(pixels, p, x):
                 part = stream[:, start : start + p]  # [N, P, D]
                 mix = temporal(part, position)
                 blend(part, mix, mix if final else part)
@@ -186,8 +188,8 @@ class SpatioTemporalTransformerGroup(Group):
         first = stream is None
         norm = GroupNormAct(module.norm, None, x.dtype, self.config.fuse)
         if stream is None:
-            stream = x.new_empty((images, height * width, module.inner_dim))
-        for start in range(0, images, n):
+            stream = empty_rows(x, images, height * width, module.inner_dim)
+        for start in starts(images, n, x):
             stop = min(start + n, images)
             part = stream[start:stop]
             if first:
@@ -236,14 +238,25 @@ class SpatioTemporalTransformerGroup(Group):
         if attn is not None and not attention_reason(attn) and self.config.fuse:
             cross = CrossAttention(attn, None, context, frames)
 
+        banded = SampleAttention(block.attn1, self.config.fuse, x.dtype)
+        attention: BandedAttention | None = None  # its buffers serve all images
+
         def parts(stream: Tensor, start: int, stop: int) -> Tensor:
+            nonlocal attention
             second: Callable[[Tensor], Tensor] | None = None
             if cross is not None:
                 second = partial(cross, start=start, stop=stop)
             elif attn is not None:
                 second = partial(attn, encoder_hidden_states=rows(start, stop))
             constant = None if cross is None else cross.constant(start, stop)
-            runner(stream, first, second, constant)
+            tokens = stream.shape[1]
+            if banded.by_tokens and stop - start == 1 and band_length(stream, self.config) < tokens:
+                if attention is None:
+                    attention = BandedAttention(banded, stream, self.config)
+                place = slice(start, stop)
+                runner.run_in_bands(stream, attention, second, place, constant=constant)
+            else:
+                runner(stream, first, second, constant)
             return stream
 
         return parts

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accelrt.memory import arena
+
+from .skips import Skip
+
 
 @dataclass
 class Context:
@@ -63,7 +67,7 @@ class State:
         # Not a dataclass: torch.compile cannot trace the default factories of one.
         self.inputs = inputs
         self.hidden: Tensor | None = None
-        self.skips: list[Tensor] = []
+        self.skips: list[Skip] = []
         self.temb: Tensor | None = None
         self.frames = frames
         self.context = Context() if context is None else context
@@ -127,11 +131,12 @@ def with_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def empty_rows(like: Tensor, *shape: int) -> Tensor:
+    """An uninitialised contiguous tensor, which lives beyond a slice."""
+    return arena.empty(like.device, shape, like.dtype)
+
+
 def empty_images(like: Tensor, images: int, channels: int, height: int, width: int) -> Tensor:
-    """An uninitialised channels-last ``[N, C, H, W]``."""
-    return torch.empty(
-        (images, channels, height, width),
-        dtype=like.dtype,
-        device=like.device,
-        memory_format=torch.channels_last,
-    )
+    """An uninitialised channels-last ``[N, C, H, W]``, which lives beyond a slice."""
+    shape = (images, channels, height, width)
+    return arena.empty(like.device, shape, like.dtype, channels_last=True)

@@ -18,24 +18,34 @@ from .mixing import image_only, mixer_reason, temporal_weight
 from .norms import ClipNorm, planar, unfused_norm
 from .recognise import is_inactive_dropout, is_plain, is_silu, plain_norm
 from .resnet import ResnetGroup
-from .slicing import slice_length
-from .state import State, channels_last, empty_images, per_image, tokens
+from .sampling import UpsampleGroup
+from .skips import whole
+from .slicing import slice_length, starts
+from .state import State, channels_last, empty_images, empty_rows, per_image, tokens
 
 
 def spatio_temporal_resnet(
-    name: str, module: nn.Module, config: Config, *, joins: bool = False
+    name: str,
+    module: nn.Module,
+    config: Config,
+    *,
+    joins: bool = False,
+    before: UpsampleGroup | None = None,
 ) -> list[Group]:
     """The groups of one ``SpatioTemporalResBlock``: its spatial and its temporal half.
 
     Args:
         name, module, config: as in :class:`Group`.
         joins: pop a skip and join it to the hidden states along the channels.
+        before: as for :class:`ResnetGroup`.
     """
     if not is_plain(module, SpatioTemporalResBlock):
         why = container_reason(module, (SpatioTemporalResBlock,))
         return [StockResnetGroup(name, module, config, why, joins=joins)]
     block: Any = module
-    spatial = ResnetGroup(f"{name}.spatial_res_block", block.spatial_res_block, config, joins=joins)
+    spatial = ResnetGroup(
+        f"{name}.spatial_res_block", block.spatial_res_block, config, joins=joins, before=before
+    )
     temporal = TemporalResnetGroup(
         f"{name}.temporal_res_block", block.temporal_res_block, config, mixer=block.time_mixer
     )
@@ -69,7 +79,7 @@ class StockResnetGroup(StockGroup):
         """``[N, C, H, W]`` (and the popped skip) through the stock block."""
         x = state.take()
         if self.joins:
-            x = torch.cat([x, state.skips.pop()], dim=1)
+            x = torch.cat([x, whole(state.skips.pop())], dim=1)
         indicator = image_only(state, x)
         y = self.module(x, temb=state.temb_per_image(), image_only_indicator=indicator)
         state.hidden = channels_last(y)
@@ -82,9 +92,10 @@ class TemporalResnetGroup(Group):
     Both norms run over ``(C/g, T, H, W)``, so their statistics are collected over all
     slices before the slices are normalised; the convolutions of kernel ``(3, 1, 1)``
     treat each pixel alone. What must exist whole is the input and the output of the
-    first convolution, the latter for ``samples_per_slice`` samples. In diffusers' layout
-    of channels-last images ``[B * T, H, W, C]`` the frames of a pixel are already where
-    a channels-last ``Conv3d`` wants them: nothing is permuted in memory.
+    first convolution, the latter for ``samples_per_slice`` samples, and not with
+    ``recompute="always"``, which computes it twice. In diffusers' layout of channels-last
+    images ``[B * T, H, W, C]`` the frames of a pixel are already where a channels-last
+    ``Conv3d`` wants them: nothing is permuted in memory.
 
     Args:
         name, module, config: as in :class:`Group`.
@@ -179,7 +190,7 @@ class TemporalResnetGroup(Group):
         weight = temporal_weight(self.mixer, state, x) if plain else None
         in_place = config.inplace and state.writable(x)
         out = x if in_place else empty_images(x, *x.shape)
-        for start in range(0, images, samples * frames):
+        for start in starts(images, samples * frames, x):
             clip = slice(start, start + samples * frames)
             if weight is None:
                 blend = partial(self._mixed, indicator=indicator[start // frames :][:samples])
@@ -213,9 +224,11 @@ class TemporalResnetGroup(Group):
         act = block.nonlinearity
         first = ClipNorm(block.norm1, act, x, frames)
         merge = plain_norm(block.norm2, nn.GroupNorm, x.dtype)
+        # A norm that is not plain needs the convolution's output whole.
+        again = merge and p < pixels and self.config.recomputes
         stats: Tensor | None = None
         hidden: Tensor | None = None
-        for start in range(0, pixels, p):
+        for start in starts(pixels, p, x):
             y = _along_frames(block.conv1, first(start, start + p), frames)
             if merge:
                 stats = ops.group_norm_stats(
@@ -225,18 +238,27 @@ class TemporalResnetGroup(Group):
             if p >= pixels:
                 hidden = y
                 break
-            if hidden is None:
-                hidden = y.new_empty((images, pixels, y.shape[2]))
-            hidden[:, start : start + p] = y
-        assert hidden is not None
-        del first
-        planes = hidden.view(images, height, width, -1).permute(0, 3, 1, 2)
-        second = ClipNorm(block.norm2, act, planes, frames, add=rows, stats=stats)
+            if not again:
+                if hidden is None:
+                    hidden = empty_rows(y, images, pixels, y.shape[2])
+                hidden[:, start : start + p] = y
+            del y
         source = tokens(x)
-        for start in range(0, pixels, p):
+        if hidden is not None:
+            del first
+            planes = hidden.view(images, height, width, -1).permute(0, 3, 1, 2)
+            second = ClipNorm(block.norm2, act, planes, frames, add=rows, stats=stats)
+            del planes
+        for start in starts(pixels, p, x):
             part = slice(start, start + p)
-            y = _along_frames(block.conv2, second(start, start + p), frames)
+            if hidden is None:
+                y = _along_frames(block.conv1, first(start, start + p), frames)
+                y = ClipNorm(block.norm2, act, planar(y), frames, add=rows, stats=stats)(0, p)
+            else:
+                y = second(start, start + p)
+            y = _along_frames(block.conv2, y, frames)
             blend(source[:, part], y, out[:, part])
+            del y
 
 
 def _weighted(x: Tensor, y: Tensor, out: Tensor, *, weight: Tensor, in_place: bool) -> None:

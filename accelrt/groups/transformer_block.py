@@ -14,9 +14,11 @@ from accelrt import ops
 from accelrt.config import Config
 
 from .attention import attention_reason
+from .banded_attention import BandedAttention
 from .base import UNTOUCHED, Status
 from .feed_forward import FeedForwardRunner, activation_remark, feed_forward_reason
 from .recognise import is_plain, is_plain_linear, plain_norm
+from .slicing import starts
 from .state import with_rows
 
 Attend = Callable[[Tensor], Tensor]
@@ -209,6 +211,40 @@ class SubLayers:
         normed = norms.add_norm("norm3", y, stream, constant=constant, out=out)
         del y, out
         self.feed_forward(normed, stream)
+
+    def run_in_bands(
+        self,
+        stream: Tensor,
+        first: BandedAttention,
+        second: Attend | None,
+        place: slice,
+        *,
+        constant: Tensor | None = None,
+    ) -> None:
+        """Run the sub-layers on one image ``[1, S, D]`` in place, some tokens at a time.
+
+        Keys and values of the first attention layer are made of all tokens before the
+        first token is written; all else treats each token alone.
+
+        Args:
+            stream: the residual stream, contiguous.
+            first: the first attention layer.
+            second, constant: as in :meth:`run`.
+            place: of the image in the call.
+        """
+
+        def normed(rows: slice) -> Tensor:
+            return self.norms.norm("norm1", stream[:, rows])
+
+        first.prepare(normed, place)
+        for start in starts(stream.shape[1], first.rows, stream):
+            rows = slice(start, start + first.rows)
+
+            def attend(_: Tensor, rows: slice = rows) -> Tensor:
+                return first.attend(normed, place, rows)
+
+            band = stream[:, rows]
+            self.run(band, attend, second, normed=band, constant=constant)
 
 
 class BlockRunner(SubLayers):

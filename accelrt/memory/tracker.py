@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+_local = threading.local()
 
 
 class PeakTracker(TorchDispatchMode):
@@ -102,22 +104,32 @@ class PeakTracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self._watch(leaf, existed=True)
+        for leaf in _leaves(args):
+            self._watch(leaf, existed=True)
+        for leaf in _leaves(kwargs.values()):
+            self._watch(leaf, existed=True)
         result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._watch(leaf, existed=False)
+        for leaf in _leaves((result,)):
+            self._watch(leaf, existed=False)
+        self._update_peak(str(func))
+        return result
+
+    def _update_peak(self, operation: str) -> None:
+        label = self._label or operation
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes = self.live_bytes
-            self.peak_label = self._label or str(func)
+            self.peak_label = label
         if self.record:
-            self.timeline.append((self._label or str(func), self.live_bytes))
-        return result
+            self.timeline.append((label, self.live_bytes))
+
+    def created(self, tensor: Tensor) -> None:
+        """Count ``tensor``, which was made without an operator; see :func:`note_created`."""
+        self._watch(tensor, existed=False)
+        self._update_peak("created")
 
     def __enter__(self) -> PeakTracker:
         super().__enter__()  # type: ignore[no-untyped-call]
+        _local.trackers = (*_trackers(), self)
         return self
 
     def __exit__(
@@ -127,6 +139,7 @@ class PeakTracker(TorchDispatchMode):
         trace: TracebackType | None,
     ) -> None:
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        _local.trackers = tuple(t for t in _trackers() if t is not self)
         # Storages outlive the context; their size must not change the result any more.
         self._references.clear()
 
@@ -144,6 +157,20 @@ def track_peak(*, record: bool = False) -> PeakTracker:
     return PeakTracker(record=record)
 
 
+def _trackers() -> tuple[PeakTracker, ...]:
+    trackers: tuple[PeakTracker, ...] = getattr(_local, "trackers", ())
+    return trackers
+
+
+def note_created(tensor: Tensor) -> None:
+    """Tell the open trackers of this thread of a tensor that no operator made.
+
+    Without this a tensor over foreign memory (an arena's) counts as one that existed before.
+    """
+    for tracker in _trackers():
+        tracker.created(tensor)
+
+
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages behind ``tensors``."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
@@ -154,6 +181,15 @@ def weight_bytes(*modules: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers, shared ones once."""
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     return storage_bytes(tensors)
+
+
+def _leaves(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments or results of an operator, in lists and tuples too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _leaves(value)
 
 
 def _strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:

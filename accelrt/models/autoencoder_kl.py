@@ -45,19 +45,39 @@ class StockBlockGroup(StockGroup):
         state.hold(state.hidden)
 
 
-def _block(name: str, block: Any, config: Config, *known: type) -> Stage:
-    """The stage of one block of resnets and perhaps a sampler."""
+def _block(
+    name: str,
+    block: Any,
+    config: Config,
+    *known: type,
+    before: UpsampleGroup | None = None,
+) -> Stage:
+    """The stage of one block of resnets and perhaps a sampler.
+
+    Args:
+        name, block, config: of the block.
+        known: classes whose children are run one by one.
+        before: the upsampler that ends the block before.
+    """
     if not is_plain(block, *known):
         why = container_reason(block, known)
         return Stage(name, (StockBlockGroup(name, block, config, why),))
     groups: list[Group] = []
     for i, resnet in enumerate(block.resnets):
-        groups.append(ResnetGroup(f"{name}.resnets.{i}", resnet, config))
+        group = ResnetGroup(f"{name}.resnets.{i}", resnet, config, before=before)
+        groups.append(group)
+        before = None
     for i, module in enumerate(getattr(block, "downsamplers", None) or ()):
         groups.append(DownsampleGroup(f"{name}.downsamplers.{i}", module, config))
     for i, module in enumerate(getattr(block, "upsamplers", None) or ()):
         groups.append(UpsampleGroup(f"{name}.upsamplers.{i}", module, config))
     return Stage(name, tuple(groups))
+
+
+def last_upsampler(stage: Stage) -> UpsampleGroup | None:
+    """The upsampler that ends a stage, for the ResNet group that follows."""
+    last = stage.groups[-1] if stage.groups else None
+    return last if isinstance(last, UpsampleGroup) else None
 
 
 def _mid_block(name: str, block: Any, config: Config) -> Stage:
@@ -94,7 +114,9 @@ class _Half(Family):
             return "latent_embeds were given"
         return super().declines(model, inputs)
 
-    def parts(self, inputs: dict[str, Any], config: Config) -> list[dict[str, Any]]:
+    def parts(
+        self, model: nn.Module, inputs: dict[str, Any], config: Config
+    ) -> list[dict[str, Any]]:
         """``vae_images`` at a time: peak memory is that of so many images."""
         return parts_of_images(inputs, self.input_name, config.vae_images)
 
@@ -143,7 +165,9 @@ class KLDecoder(_Half):
             _mid_block("mid_block", decoder.mid_block, config),
         ]
         for i, block in enumerate(decoder.up_blocks):
-            stages.append(_block(f"up_blocks.{i}", block, config, UpDecoderBlock2D))
+            before = last_upsampler(stages[-1])
+            name = f"up_blocks.{i}"
+            stages.append(_block(name, block, config, UpDecoderBlock2D, before=before))
         return (*stages, self._out(decoder, config))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import (
     AutoencoderKLTemporalDecoder,
 )
+from diffusers.models.resnet import SpatioTemporalResBlock
 from diffusers.models.unets.unet_3d_blocks import MidBlockTemporalDecoder, UpBlockTemporalDecoder
 from torch import Tensor, nn
 
@@ -24,7 +25,8 @@ from accelrt.groups.convolution import ConvInGroup, OutGroup
 from accelrt.groups.mixing import image_only
 from accelrt.groups.recognise import is_plain
 from accelrt.groups.sampling import UpsampleGroup
-from accelrt.groups.slicing import slice_length
+from accelrt.groups.slab import FrameSlab
+from accelrt.groups.slicing import slice_length, starts
 from accelrt.groups.state import channels_last
 from accelrt.groups.temporal_resnet import (
     is_temporal_conv,
@@ -33,7 +35,7 @@ from accelrt.groups.temporal_resnet import (
 )
 from accelrt.groups.vae_attention import VaeAttentionGroup
 
-from .autoencoder_kl import KLEncoder
+from .autoencoder_kl import KLEncoder, last_upsampler
 from .family import Family, register
 from .stages import Stage
 
@@ -84,19 +86,20 @@ class TimeConvOutGroup(Group):
             state.hidden = y.transpose(1, 2).flatten(0, 1)
             return
         self.measured(rows, height)
-        for start in range(0, height, rows):
+        for start in starts(height, rows, x):
             part = clips[:, :, :, start : start + rows]
             part.copy_(self.module(part))
         state.hidden = x
 
 
-def _up_stage(name: str, block: Any, config: Config) -> Stage:
+def _up_stage(name: str, block: Any, config: Config, before: UpsampleGroup | None) -> Stage:
     if not is_plain(block, UpBlockTemporalDecoder):
         why = container_reason(block, (UpBlockTemporalDecoder,))
         return Stage(name, (StockTemporalBlockGroup(name, block, config, why),))
     groups: list[Group] = []
     for i, resnet in enumerate(block.resnets):
-        groups += spatio_temporal_resnet(f"{name}.resnets.{i}", resnet, config)
+        groups += spatio_temporal_resnet(f"{name}.resnets.{i}", resnet, config, before=before)
+        before = None
     for i, module in enumerate(block.upsamplers or ()):
         groups.append(UpsampleGroup(f"{name}.upsamplers.{i}", module, config))
     return Stage(name, tuple(groups))
@@ -113,6 +116,22 @@ def _mid_stage(name: str, block: Any, config: Config) -> Stage:
         groups.append(VaeAttentionGroup(f"{name}.attentions.{i}", attention, config))
         groups += spatio_temporal_resnet(f"{name}.resnets.{i + 1}", resnet, config)
     return Stage(name, tuple(groups))
+
+
+def _slab(decoder: Any, sample: Tensor) -> FrameSlab | None:
+    """Where the outputs of the up blocks go, if their children are run one by one."""
+    height, width = sample.shape[2:]
+    shapes: list[tuple[int, int, int]] = []
+    for block in decoder.up_blocks:
+        if not is_plain(block, UpBlockTemporalDecoder):
+            return None
+        for resnet in block.resnets:
+            if not is_plain(resnet, SpatioTemporalResBlock):
+                return None
+            shapes.append((resnet.spatial_res_block.out_channels, height, width))
+        for _ in block.upsamplers or ():
+            height, width = 2 * height, 2 * width
+    return FrameSlab(list(dict.fromkeys(shapes))) if shapes else None
 
 
 class TemporalDecoder(Family):
@@ -133,7 +152,9 @@ class TemporalDecoder(Family):
         upscale = next((p.dtype for p in decoder.up_blocks.parameters()), sample.dtype)
         return "" if upscale == sample.dtype else f"the up blocks are {upscale}"
 
-    def parts(self, inputs: dict[str, Any], config: Config) -> list[dict[str, Any]]:
+    def parts(
+        self, model: nn.Module, inputs: dict[str, Any], config: Config
+    ) -> list[dict[str, Any]]:
         """Whole videos: as few as hold ``vae_images`` frames."""
         sample, frames = inputs["sample"], inputs["num_frames"]
         images = config.vae_images
@@ -154,6 +175,7 @@ class TemporalDecoder(Family):
         """Frames, and which of them are images by themselves."""
         state = State(inputs, frames=inputs["num_frames"])
         state.extras["image_only"] = inputs["image_only_indicator"]
+        state.extras["slab"] = _slab(model, inputs["sample"])
         return state
 
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
@@ -170,7 +192,8 @@ class TemporalDecoder(Family):
             _mid_stage("mid_block", decoder.mid_block, config),
         ]
         for i, block in enumerate(decoder.up_blocks):
-            stages.append(_up_stage(f"up_blocks.{i}", block, config))
+            before = last_upsampler(stages[-1])
+            stages.append(_up_stage(f"up_blocks.{i}", block, config, before))
         out = OutGroup(
             "conv_out", decoder.conv_out, config, norm=decoder.conv_norm_out, act=decoder.conv_act
         )

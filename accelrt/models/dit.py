@@ -6,32 +6,19 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch.nn.functional as F
-from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from accelrt.config import Config
 from accelrt.groups import State
-from accelrt.groups.base import StockGroup
 from accelrt.groups.dit_block import AdaLNBlockGroup
 from accelrt.groups.modulated import ModulatedOutGroup, unpatchify
-from accelrt.groups.recognise import is_plain
+from accelrt.groups.patch_embed import PatchEmbedGroup
 
 from .family import Family, register
+from .passes import sample_passes
 from .stages import Stage
-
-
-class PatchEmbedGroup(StockGroup):
-    """Patches and their positions: a strided convolution and a table."""
-
-    why = "an embedding"
-
-    def run(self, state: State) -> None:
-        """``[B, C, H, W]`` to the residual stream ``[B, S, D]``."""
-        state.hidden = self.module(state.inputs["hidden_states"])
-        if not is_plain(self.module, PatchEmbed):
-            state.hold(state.hidden)
 
 
 class DiTOutGroup(ModulatedOutGroup):
@@ -62,6 +49,18 @@ class DiT(Family):
 
     input_name = "hidden_states"
 
+    def parts(
+        self, model: nn.Module, inputs: dict[str, Any], config: Config
+    ) -> list[dict[str, Any]]:
+        """``samples_per_pass`` at a time, where samples do not look at each other."""
+        dit: Any = model
+        x = inputs["hidden_states"]
+        height, width = (side // dit.patch_size for side in x.shape[-2:])
+        # Of tokens that make no square the stock model makes another number of images.
+        if x.dim() != 4 or int((height * width) ** 0.5) ** 2 != height * width:
+            return [inputs]
+        return sample_passes(model, self.blocks(model), inputs, config)
+
     def begin(self, model: nn.Module, inputs: dict[str, Any]) -> State:
         """Nothing is known before the patch embedding."""
         return State(inputs)
@@ -81,14 +80,18 @@ class DiT(Family):
         result.append(Stage("out", (DiTOutGroup("norm_out", dit, config),)))
         return tuple(result)
 
-    def finish(self, model: nn.Module, state: State) -> Any:
+    def finish(self, model: nn.Module, state: State) -> Tensor:
         """Put the patches of ``[B, S, patch * patch * C]`` back into an image."""
         dit: Any = model
         x = state.take()
         # The stock model takes every token grid for a square one; so must we.
         side = int(x.shape[1] ** 0.5)
         output = unpatchify(x, side, side, dit.patch_size, dit.out_channels)
-        if not state.inputs["return_dict"]:
+        return output
+
+    def result(self, model: nn.Module, inputs: dict[str, Any], output: Tensor) -> Any:
+        """A tuple, or diffusers' output class."""
+        if not inputs["return_dict"]:
             return (output,)
         return Transformer2DModelOutput(sample=output)
 

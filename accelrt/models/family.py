@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,26 @@ from .stages import Stage
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda", "meta")
+
+
+@dataclass(frozen=True)
+class CallShape:
+    """The size of a request, as the models of a pipeline see it.
+
+    Args:
+        samples: rows of the denoiser's batch, guidance halves among them.
+        outputs: pictures or videos that come out.
+        frames: per video; 1 for pictures.
+        height, width: of the latents.
+        tokens: of the text; ``None`` for as many as the model is usually given.
+    """
+
+    samples: int
+    outputs: int
+    frames: int
+    height: int
+    width: int
+    tokens: int | None = None
 
 
 class Family(ABC):
@@ -40,16 +61,38 @@ class Family(ABC):
         """The stages of ``model``, in order."""
 
     @abstractmethod
-    def finish(self, model: nn.Module, state: State) -> Any:
-        """What the stock forward returns, from the state after the last stage."""
+    def finish(self, model: nn.Module, state: State) -> Tensor:
+        """The output, from the state after the last stage."""
+
+    def result(self, model: nn.Module, inputs: dict[str, Any], output: Tensor) -> Any:
+        """What the stock forward returns, from the output."""
+        return output
 
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         """The containers whose children the groups hold."""
         return ()
 
-    def parts(self, inputs: dict[str, Any], config: Config) -> list[dict[str, Any]]:
+    def parts(
+        self, model: nn.Module, inputs: dict[str, Any], config: Config
+    ) -> list[dict[str, Any]]:
         """The calls that one call is cut into; their outputs are joined along the first axis."""
         return [inputs]
+
+    def call_shape(self, model: nn.Module, inputs: dict[str, Any]) -> CallShape | None:
+        """The request that a call belongs to, if this is a denoiser.
+
+        Half of the samples are taken for guidance, if their number is even.
+        """
+        return None
+
+    def example(
+        self, model: nn.Module, shape: CallShape, dtype: torch.dtype
+    ) -> dict[str, Any] | None:
+        """Arguments of a call of that size, as meta tensors; ``None`` if it has no such call.
+
+        Arguments that keep their defaults may be left out.
+        """
+        return None
 
     def declines(self, model: nn.Module, inputs: dict[str, Any]) -> str:
         """Why this call must run the stock forward; empty if it need not."""
@@ -76,6 +119,16 @@ class Family(ABC):
                 if isinstance(child, nn.ModuleList):
                     key += [id(item) for item in child._modules.values()]
         return tuple(key)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A meta tensor: what :meth:`Family.example` gives."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def without_guidance(samples: int) -> int:
+    """Pictures or videos among the samples of a denoiser's batch."""
+    return samples // 2 if samples % 2 == 0 else samples
 
 
 def random_modules(model: nn.Module) -> list[nn.Module]:

@@ -5,16 +5,75 @@ from __future__ import annotations
 import inspect
 import pickle
 import weakref
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor, nn
 
 from accelrt.config import Config
+from accelrt.groups.slicing import current_probe
+from accelrt.memory.arena import Arena, activate
 
 from .family import Family, random_modules
 from .stages import Observer, Stage, execute
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one call is cut along space.
+
+    Args:
+        stages: their groups hold the slice lengths.
+        config: how the call itself is cut, into passes or images.
+        arena: where the buffers of the groups live, or ``None``.
+        offsets: of those buffers in the arena, in the order of their making.
+    """
+
+    stages: tuple[Stage, ...]
+    config: Config
+    arena: Arena | None = None
+    offsets: tuple[int, ...] = ()
+
+    def placed(self, arena: Arena | None, offsets: tuple[int, ...] = ()) -> Cut:
+        """The same cut with its buffers in ``arena``."""
+        return replace(self, arena=arena, offsets=offsets)
+
+
+@contextmanager
+def placing(cut: Cut) -> Iterator[None]:
+    """Buffers of this thread's groups come from the cut's arena, unless another run has it."""
+    arena = cut.arena
+    if arena is None or not arena.busy.acquire(blocking=False):
+        yield
+        return
+    try:
+        arena.schedule(cut.offsets)
+        arena.begin()
+        with activate(arena):
+            yield
+    finally:
+        arena.busy.release()
+
+
+class Planner(Protocol):
+    """Gives every call its cut, so that a memory budget is kept."""
+
+    def cut(self, forward: Forward, inputs: dict[str, Any]) -> Cut:
+        """How to run ``forward`` on ``inputs``.
+
+        Raises:
+            BudgetError: the budget cannot be met.
+        """
+
+    def forget(self, forward: Forward) -> None:
+        """The module has changed: its plans are void."""
+
+    def release(self) -> None:
+        """The module is unwrapped: nothing is needed any more."""
 
 
 class Forward:
@@ -39,8 +98,10 @@ class Forward:
         self.observer: Observer | None = None
         self.stock_reason = ""
         self.replaced: Any = None
+        self.keeps_alive: Any = None
         self._structure: tuple[Any, ...] | None = None
         self._stages: tuple[Stage, ...] = ()
+        self.planner: Planner | None = None
         self._random: list[nn.Module] = []
         self._signature = inspect.signature(type(module).forward)
         self.__name__ = "forward"
@@ -75,15 +136,31 @@ class Forward:
             f"a wrapped {type(self.module).__name__} cannot be pickled; call accelrt.unwrap first"
         )
 
+    def arguments(self, **given: Any) -> dict[str, Any]:
+        """All arguments of a call by name, with the defaults of those that are not given."""
+        bound = self._signature.bind(self.module, **given)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        arguments.pop("self")
+        return arguments
+
     def stages(self) -> tuple[Stage, ...]:
-        """The stages of the module as it is now; the same objects until it changes."""
+        """The stages of the module as it is now; the same objects until it changes.
+
+        With a memory budget, those of the last call's plan.
+        """
+        self._refresh()
+        return self._stages
+
+    def _refresh(self) -> None:
         module = self.module
         structure = self.family.structure(module)
         if structure != self._structure:
             self._stages = self.family.stages(module, self.config)
             self._random = random_modules(module)
             self._structure = structure
-        return self._stages
+            if self.planner is not None:
+                self.planner.forget(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, with its signature and return type."""
@@ -96,12 +173,16 @@ class Forward:
         bound.apply_defaults()
         inputs = dict(bound.arguments)
         inputs.pop("self")
-        stages = self.stages()
+        self._refresh()
         self.stock_reason = self._declines(module, inputs)
         if self.stock_reason:
             return stock(module, *args, **kwargs)
         run = _run if self.family.lora_scale_kwargs is None else _scaled(self.family)
-        return run(module, self, stages, **inputs)
+        cut = Cut(self._stages, self.config)
+        if self.planner is not None and not torch.compiler.is_compiling():
+            cut = self.planner.cut(self, inputs)
+            self._stages = cut.stages
+        return run(module, self, cut, **inputs)
 
     def _declines(self, module: nn.Module, inputs: dict[str, Any]) -> str:
         reason = self.family.declines(module, inputs)
@@ -111,29 +192,43 @@ class Forward:
             reason = "gradients are needed"
         return reason
 
-    def run(self, stages: tuple[Stage, ...], inputs: dict[str, Any]) -> Any:
+    def run(self, cut: Cut, inputs: dict[str, Any]) -> Any:
         """Run all stages on ``inputs``, part by part if the family says so."""
         module, family = self.module, self.family
-        parts = family.parts(inputs, self.config)
+        parts = family.parts(module, inputs, cut.config)
         if len(parts) == 1:
-            state = execute(stages, family.begin(module, inputs), self.observer)
-            return family.finish(module, state)
+            return family.result(module, inputs, self._part(cut, inputs))
         out: Tensor | None = None
-        start = 0
-        total = inputs[family.input_name].shape[0]
-        for part in parts:
-            state = execute(stages, family.begin(module, part), self.observer)
-            y = family.finish(module, state)
+        whole: Tensor = inputs[family.input_name]
+        rows = parts[0][family.input_name].shape[0]
+        probe = current_probe(whole)
+        if probe is not None:  # all passes are alike
+            probe.repeats *= len(parts)
+            y = self._part(cut, parts[0])
+            probe.repeats //= len(parts)
+            out = y.new_empty((whole.shape[0], *y.shape[1:]))
+            probe.left_out_bytes += out.numel() * out.element_size()
+            return family.result(module, inputs, out)
+        for index in range(len(parts)):
+            y = self._part(cut, parts[index])
             if out is None:
-                out = y.new_empty((total, *y.shape[1:]))
-            out[start : start + y.shape[0]] = y
-            start += y.shape[0]
-        return out
+                out = y.new_empty((whole.shape[0], *y.shape[1:]))
+            out[index * rows : index * rows + y.shape[0]] = y
+            del y
+        assert out is not None
+        return family.result(module, inputs, out)
+
+    def _part(self, cut: Cut, inputs: dict[str, Any]) -> Tensor:
+        """The output for one of the calls that a call is cut into."""
+        module, family = self.module, self.family
+        with placing(cut):
+            state = execute(cut.stages, family.begin(module, inputs), self.observer)
+            return family.finish(module, state)
 
 
-def _run(module: nn.Module, forward: Forward, stages: tuple[Stage, ...], **inputs: Any) -> Any:
+def _run(module: nn.Module, forward: Forward, cut: Cut, **inputs: Any) -> Any:
     with torch.no_grad():
-        return forward.run(stages, inputs)
+        return forward.run(cut, inputs)
 
 
 def _scaled(family: Family) -> Any:

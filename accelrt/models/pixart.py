@@ -13,11 +13,15 @@ from accelrt.config import Config
 from accelrt.groups import Context, State
 from accelrt.groups.base import StockGroup
 from accelrt.groups.modulated import ModulatedOutGroup, unpatchify
+from accelrt.groups.patch_embed import PatchEmbedGroup
 from accelrt.groups.pixart_block import AdaLNSingleBlockGroup
 
-from .dit import PatchEmbedGroup
 from .family import Family, register
+from .passes import sample_passes
 from .stages import Stage
+
+_PER_SAMPLE = ("encoder_hidden_states", "attention_mask", "encoder_attention_mask")
+_CONDITIONS = ("resolution", "aspect_ratio")
 
 
 class ModulationGroup(StockGroup):
@@ -79,6 +83,21 @@ class PixArt(Family):
             return "added_cond_kwargs are missing"
         return ""
 
+    def parts(
+        self, model: nn.Module, inputs: dict[str, Any], config: Config
+    ) -> list[dict[str, Any]]:
+        """``samples_per_pass`` at a time, where samples do not look at each other."""
+        # The stock model deals the rows of these out anew if they are not one per sample.
+        batch = inputs["hidden_states"].shape[0]
+        rows = [inputs[name] for name in _PER_SAMPLE]
+        if model.use_additional_conditions:
+            rows += [inputs["added_cond_kwargs"].get(name) for name in _CONDITIONS]
+        else:
+            rows.append(inputs["timestep"])
+        if any(isinstance(x, Tensor) and (x.dim() == 0 or x.shape[0] != batch) for x in rows):
+            return [inputs]
+        return sample_passes(model, self.blocks(model), inputs, config)
+
     def begin(self, model: nn.Module, inputs: dict[str, Any]) -> State:
         """The caption as it was given, and both masks as biases."""
         dtype = inputs["hidden_states"].dtype
@@ -113,13 +132,17 @@ class PixArt(Family):
         result.append(Stage("out", (out,)))
         return tuple(result)
 
-    def finish(self, model: nn.Module, state: State) -> Any:
+    def finish(self, model: nn.Module, state: State) -> Tensor:
         """Put the patches of ``[B, S, patch * patch * C]`` back into an image."""
         pixart: Any = model
         patch = pixart.config.patch_size
         height, width = (side // patch for side in state.inputs["hidden_states"].shape[-2:])
         output = unpatchify(state.take(), height, width, patch, pixart.out_channels)
-        if not state.inputs["return_dict"]:
+        return output
+
+    def result(self, model: nn.Module, inputs: dict[str, Any], output: Tensor) -> Any:
+        """A tuple, or diffusers' output class."""
+        if not inputs["return_dict"]:
             return (output,)
         return Transformer2DModelOutput(sample=output)
 

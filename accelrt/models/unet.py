@@ -12,11 +12,13 @@ from accelrt.config import Config
 from accelrt.groups import Group, State
 from accelrt.groups.base import container_reason
 from accelrt.groups.convolution import ConvInGroup, OutGroup
+from accelrt.groups.independence import mixes_samples
 from accelrt.groups.recognise import is_plain
 from accelrt.groups.resnet import ResnetGroup
 from accelrt.groups.sampling import DownsampleGroup, UpsampleGroup
 
 from .family import Family
+from .passes import split_inputs
 from .stages import Stage
 from .unet_parts import (
     AdapterGroup,
@@ -28,6 +30,33 @@ from .unet_parts import (
 )
 
 Layer = Callable[[str, nn.Module, Config], Group]
+
+
+def unet_passes(
+    model: nn.Module, inputs: dict[str, Any], config: Config, frames: int
+) -> list[dict[str, Any]]:
+    """The calls of ``config.samples_per_pass`` samples that a UNet's call is cut into.
+
+    The call stays whole if the samples may see each other, or if an argument is of an
+    unknown form.
+
+    Args:
+        model: the UNet.
+        inputs: its arguments by name.
+        config: of the call.
+        frames: per sample.
+    """
+    samples, batch = config.samples_per_pass, inputs["sample"].shape[0]
+    if samples is None or samples >= batch or mixes_samples(model):
+        return [inputs]
+    parts = split_inputs(inputs, batch, samples, frames=frames)
+    return [inputs] if isinstance(parts, str) else parts
+
+
+def last_upsampler(stage: Stage) -> UpsampleGroup | None:
+    """The upsampler that ends a stage, which the next stage may run on its own slices."""
+    last = stage.groups[-1] if stage.groups else None
+    return last if isinstance(last, UpsampleGroup) else None
 
 
 class UNet(Family):
@@ -61,6 +90,16 @@ class UNet(Family):
     def embed(self, model: nn.Module, config: Config) -> Group:
         """The group that fills ``state.temb`` and ``state.context``."""
 
+    def parts(
+        self, model: nn.Module, inputs: dict[str, Any], config: Config
+    ) -> list[dict[str, Any]]:
+        """``samples_per_pass`` at a time, where samples do not look at each other."""
+        return unet_passes(model, inputs, config, self.frames_of(inputs))
+
+    def frames_of(self, inputs: dict[str, Any]) -> int:
+        """Frames per sample."""
+        return 1
+
     def begin(self, model: nn.Module, inputs: dict[str, Any]) -> State:
         """Notes whether upsamplers must aim at the sizes of the skips."""
         unet: Any = model
@@ -85,9 +124,12 @@ class UNet(Family):
         for i, block in enumerate(unet.down_blocks):
             stages.append(self._down(f"down_blocks.{i}", block, config))
         stages.append(self._mid(unet.mid_block, config))
+        before: UpsampleGroup | None = None
         for i, block in enumerate(unet.up_blocks):
             final = i == len(unet.up_blocks) - 1
-            stages.append(self._up(f"up_blocks.{i}", block, config, final))
+            stage = self._up(f"up_blocks.{i}", block, config, final, before)
+            before = last_upsampler(stage)
+            stages.append(stage)
         norm = unet.conv_norm_out or None
         act = unet.conv_act if norm is not None else None
         out = OutGroup("conv_out", unet.conv_out, config, norm=norm, act=act)
@@ -145,7 +187,9 @@ class UNet(Family):
             groups.append(ResidualsGroup("mid_residual", config, "mid"))
         return Stage(name, tuple(groups))
 
-    def _up(self, name: str, block: Any, config: Config, final: bool) -> Stage:
+    def _up(
+        self, name: str, block: Any, config: Config, final: bool, before: UpsampleGroup | None
+    ) -> Stage:
         why = self.block_reason(block, self.up_classes)
         if why:
             stock = StockUpGroup(name, block, config, why, final=final, frames=self.frames)
@@ -153,7 +197,9 @@ class UNet(Family):
         groups: list[Group] = []
         for i, resnet in enumerate(block.resnets):
             path = f"{name}.resnets.{i}"
-            groups.append(ResnetGroup(path, resnet, config, joins=True, owner=block))
+            group = ResnetGroup(path, resnet, config, joins=True, owner=block, before=before)
+            groups.append(group)
+            before = None
             groups += self._layers(name, block, config, i)
         for i, module in enumerate(block.upsamplers or ()):
             path = f"{name}.upsamplers.{i}"

@@ -20,7 +20,7 @@ from accelrt.config import Config
 from accelrt.groups import Group, State
 from accelrt.groups.spatial import SpatialTransformerGroup
 
-from .family import register
+from .family import CallShape, meta, register, without_guidance
 from .unet import UNet
 from .unet_parts import EmbedGroup
 
@@ -108,12 +108,47 @@ class UNet2DCondition(UNet):
         state.extras["adapter"] = features
         return state
 
-    def finish(self, model: nn.Module, state: State) -> Any:
+    def call_shape(self, model: nn.Module, inputs: dict[str, Any]) -> CallShape:
+        """From the sample ``[B, C, H, W]``."""
+        batch, _, height, width = inputs["sample"].shape
+        return CallShape(batch, without_guidance(batch), 1, height, width)
+
+    def example(
+        self, model: nn.Module, shape: CallShape, dtype: torch.dtype
+    ) -> dict[str, Any] | None:
+        """A picture and its text; with the pooled text and sizes of SDXL, if it takes them."""
+        unet: Any = model
+        config = unet.config
+        if config.class_embed_type is not None or config.encoder_hid_dim_type is not None:
+            return None
+        size = (shape.samples, config.in_channels, shape.height, shape.width)
+        text = (shape.samples, shape.tokens or 77, config.cross_attention_dim)
+        inputs: dict[str, Any] = {
+            "sample": meta(*size, dtype=dtype),
+            "timestep": meta(dtype=torch.int64),
+            "encoder_hidden_states": meta(*text, dtype=dtype),
+        }
+        if config.addition_embed_type == "text_time":
+            ids = 6
+            pooled = config.projection_class_embeddings_input_dim
+            pooled -= ids * config.addition_time_embed_dim
+            inputs["added_cond_kwargs"] = {
+                "text_embeds": meta(shape.samples, pooled, dtype=dtype),
+                "time_ids": meta(shape.samples, ids, dtype=dtype),
+            }
+        elif config.addition_embed_type is not None:
+            return None
+        return inputs
+
+    def finish(self, model: nn.Module, state: State) -> Tensor:
         """``[B, C, H, W]``."""
-        sample = state.take()
-        if not state.inputs["return_dict"]:
-            return (sample,)
-        return UNet2DConditionOutput(sample=sample)
+        return state.take()
+
+    def result(self, model: nn.Module, inputs: dict[str, Any], output: Tensor) -> Any:
+        """A tuple, or diffusers' output class."""
+        if not inputs["return_dict"]:
+            return (output,)
+        return UNet2DConditionOutput(sample=output)
 
 
 register(UNet2DConditionModel, ("", UNet2DCondition()))

@@ -22,7 +22,7 @@ from accelrt.groups import Group, State
 from accelrt.groups.motion import MotionGroup
 from accelrt.groups.spatial import SpatialTransformerGroup
 
-from .family import register
+from .family import CallShape, meta, register, without_guidance
 from .unet import UNet
 from .unet_parts import EmbedGroup
 
@@ -83,6 +83,11 @@ class UNetMotion(UNet):
     controlnets = True
     dimensions = 5
 
+    def frames_of(self, inputs: dict[str, Any]) -> int:
+        """Frames are the third axis."""
+        frames: int = inputs["sample"].shape[2]
+        return frames
+
     def embed(self, model: nn.Module, config: Config) -> Group:
         """Embeddings and context."""
         return MotionEmbedGroup("time_embedding", model, config)
@@ -95,13 +100,34 @@ class UNetMotion(UNet):
         state.extras["mid_residual"] = inputs["mid_block_additional_residual"]
         return state
 
-    def finish(self, model: nn.Module, state: State) -> Any:
+    def call_shape(self, model: nn.Module, inputs: dict[str, Any]) -> CallShape:
+        """From the sample ``[B, C, T, H, W]``."""
+        batch, _, frames, height, width = inputs["sample"].shape
+        return CallShape(batch, without_guidance(batch), frames, height, width)
+
+    def example(self, model: nn.Module, shape: CallShape, dtype: torch.dtype) -> dict[str, Any]:
+        """A video and a text for every frame."""
+        config: Any = model.config
+        images = shape.samples * shape.frames
+        size = (shape.samples, config.in_channels, shape.frames, shape.height, shape.width)
+        text = (images, shape.tokens or 77, config.cross_attention_dim)
+        return {
+            "sample": meta(*size, dtype=dtype),
+            "timestep": meta(dtype=torch.int64),
+            "encoder_hidden_states": meta(*text, dtype=dtype),
+        }
+
+    def finish(self, model: nn.Module, state: State) -> Tensor:
         """``[B * T, C, H, W]`` to ``[B, C, T, H, W]``."""
         images = state.take()
         sample = images.view(-1, state.frames, *images.shape[1:]).permute(0, 2, 1, 3, 4)
-        if not state.inputs["return_dict"]:
-            return (sample,)
-        return UNetMotionOutput(sample=sample)
+        return sample
+
+    def result(self, model: nn.Module, inputs: dict[str, Any], output: Tensor) -> Any:
+        """A tuple, or diffusers' output class."""
+        if not inputs["return_dict"]:
+            return (output,)
+        return UNetMotionOutput(sample=output)
 
 
 register(UNetMotionModel, ("", UNetMotion()))

@@ -13,6 +13,7 @@ from accelrt.config import Config
 from accelrt.groups import FUSED, Context, Group, State, Status
 from accelrt.groups.base import StockGroup
 from accelrt.groups.conditioning import SharedContext
+from accelrt.groups.skips import whole
 from accelrt.groups.state import channels_last, nhwc
 
 
@@ -77,6 +78,12 @@ class PushGroup(Group):
     def __init__(self, group: Group) -> None:
         super().__init__(group.name, group.module, group.config)
         self.group = group
+        self.makes_skip = group.makes_skip
+
+    def configure(self, config: Config) -> None:
+        """That of the group."""
+        super().configure(config)
+        self.group.configure(config)
 
     def run(self, state: State) -> None:
         """Run the group and push its output on the stack of skips."""
@@ -150,7 +157,7 @@ class ResidualsGroup(_SumGroup):
             return
         waiting, state.skips = state.skips[::-1], []
         for residual in residuals[: len(waiting)]:
-            skip = waiting.pop()
+            skip = whole(waiting.pop())
             if skip is state.hidden:
                 state.skips.append(channels_last(skip + residual))
             else:
@@ -240,8 +247,9 @@ class StockDownGroup(_StockBlock):
             arguments["additional_residuals"] = features.pop(0)
         hidden, skips = self.module(hidden_states=state.take(), **arguments)
         for skip in skips[:-1]:
-            state.skips.append(channels_last(skip))
-            state.hold(state.skips[-1])
+            kept = channels_last(skip)
+            state.skips.append(kept)
+            state.hold(kept)
         self._keep(state, hidden)
         last = state.hidden if skips[-1] is hidden else channels_last(skips[-1])
         assert last is not None
@@ -281,7 +289,7 @@ class StockUpGroup(_StockBlock):
         """Also pops the block's skips."""
         block: Any = self.module
         count = len(block.resnets)
-        own, state.skips = tuple(state.skips[-count:]), state.skips[:-count]
+        own, state.skips = tuple(map(whole, state.skips[-count:])), state.skips[:-count]
         size = None
         if not self.final and state.extras.get("odd_size"):
             size = state.skips[-1].shape[2:]

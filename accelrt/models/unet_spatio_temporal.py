@@ -29,8 +29,9 @@ from accelrt.groups.sampling import DownsampleGroup, UpsampleGroup
 from accelrt.groups.spatio_temporal import SpatioTemporalTransformerGroup
 from accelrt.groups.temporal_resnet import resnet_containers, spatio_temporal_resnet
 
-from .family import Family, register
+from .family import CallShape, Family, meta, register, without_guidance
 from .stages import Stage
+from .unet import last_upsampler, unet_passes
 from .unet_parts import PushGroup, StockDownGroup, StockMidGroup, StockUpGroup
 
 _DOWN = (DownBlockSpatioTemporal, CrossAttnDownBlockSpatioTemporal)
@@ -99,10 +100,20 @@ class StockVideoUpGroup(_StockArguments, StockUpGroup):
     """A whole spatio-temporal up block."""
 
 
-def _layer(name: str, block: Any, config: Config, index: int, *, joins: bool) -> list[Group]:
+def _layer(
+    name: str,
+    block: Any,
+    config: Config,
+    index: int,
+    *,
+    joins: bool,
+    before: UpsampleGroup | None = None,
+) -> list[Group]:
     """ResNet block and transformer of one layer, which may have no transformer."""
     resnet = block.resnets[index]
-    groups = spatio_temporal_resnet(f"{name}.resnets.{index}", resnet, config, joins=joins)
+    groups = spatio_temporal_resnet(
+        f"{name}.resnets.{index}", resnet, config, joins=joins, before=before
+    )
     attentions = getattr(block, "attentions", None)
     if attentions is not None:
         groups.append(_transformer(name, block, config, index))
@@ -141,13 +152,16 @@ def _mid_stage(block: Any, config: Config) -> Stage:
     return Stage(name, tuple(groups))
 
 
-def _up_stage(name: str, block: Any, config: Config, final: bool) -> Stage:
+def _up_stage(
+    name: str, block: Any, config: Config, final: bool, before: UpsampleGroup | None
+) -> Stage:
     if not is_plain(block, *_UP):
         why = container_reason(block, _UP)
         return Stage(name, (StockVideoUpGroup(name, block, config, why, final=final),))
     groups: list[Group] = []
     for i in range(len(block.resnets)):
-        groups += _layer(name, block, config, i, joins=True)
+        groups += _layer(name, block, config, i, joins=True, before=before)
+        before = None
     for i, module in enumerate(block.upsamplers or ()):
         path = f"{name}.upsamplers.{i}"
         groups.append(UpsampleGroup(path, module, config, to_skip=not final))
@@ -170,6 +184,12 @@ class UNetSpatioTemporal(Family):
         if context.shape[0] != sample.shape[0]:
             return f"{context.shape[0]} contexts for {sample.shape[0]} samples"
         return ""
+
+    def parts(
+        self, model: nn.Module, inputs: dict[str, Any], config: Config
+    ) -> list[dict[str, Any]]:
+        """``samples_per_pass`` at a time, where samples do not look at each other."""
+        return unet_passes(model, inputs, config, inputs["sample"].shape[1])
 
     def begin(self, model: nn.Module, inputs: dict[str, Any]) -> State:
         """Frames, and whether upsamplers must aim at the sizes of the skips."""
@@ -199,21 +219,45 @@ class UNetSpatioTemporal(Family):
         for i, block in enumerate(unet.down_blocks):
             stages.append(_down_stage(f"down_blocks.{i}", block, config))
         stages.append(_mid_stage(unet.mid_block, config))
+        before: UpsampleGroup | None = None
         for i, block in enumerate(unet.up_blocks):
             final = i == len(unet.up_blocks) - 1
-            stages.append(_up_stage(f"up_blocks.{i}", block, config, final))
+            stage = _up_stage(f"up_blocks.{i}", block, config, final, before)
+            before = last_upsampler(stage)
+            stages.append(stage)
         out = OutGroup(
             "conv_out", unet.conv_out, config, norm=unet.conv_norm_out, act=unet.conv_act
         )
         return (*stages, Stage("out", (out,)))
 
-    def finish(self, model: nn.Module, state: State) -> Any:
+    def call_shape(self, model: nn.Module, inputs: dict[str, Any]) -> CallShape:
+        """From the sample ``[B, T, C, H, W]``."""
+        batch, frames, _, height, width = inputs["sample"].shape
+        return CallShape(batch, without_guidance(batch), frames, height, width)
+
+    def example(self, model: nn.Module, shape: CallShape, dtype: torch.dtype) -> dict[str, Any]:
+        """A video, the embedding of its first picture, and the added ids."""
+        config: Any = model.config
+        size = (shape.samples, shape.frames, config.in_channels, shape.height, shape.width)
+        context = (shape.samples, shape.tokens or 1, config.cross_attention_dim)
+        return {
+            "sample": meta(*size, dtype=dtype),
+            "timestep": meta(),
+            "encoder_hidden_states": meta(*context, dtype=dtype),
+            "added_time_ids": meta(shape.samples, 3, dtype=dtype),
+        }
+
+    def finish(self, model: nn.Module, state: State) -> Tensor:
         """``[B * T, C, H, W]`` to ``[B, T, C, H, W]``."""
         images = state.take()
         sample = images.view(-1, state.frames, *images.shape[1:])
-        if not state.inputs["return_dict"]:
-            return (sample,)
-        return UNetSpatioTemporalConditionOutput(sample=sample)
+        return sample
+
+    def result(self, model: nn.Module, inputs: dict[str, Any], output: Tensor) -> Any:
+        """A tuple, or diffusers' output class."""
+        if not inputs["return_dict"]:
+            return (output,)
+        return UNetSpatioTemporalConditionOutput(sample=output)
 
 
 register(UNetSpatioTemporalConditionModel, ("", UNetSpatioTemporal()))

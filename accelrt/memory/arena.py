@@ -1,0 +1,364 @@
+"""An arena of tensors: one slab per device, with offsets that are planned before the run.
+
+A run on meta tensors records when every buffer is born and dies, the planner turns that
+into offsets in one slab, and real runs take their buffers from there::
+
+    dry = Arena("meta")
+    with activate(dry):
+        model(*meta_inputs)
+    plan = dry.recording.plan(alignment_of(device))
+
+    arena = Arena(device)
+    arena.reserve(plan.slab_bytes)
+    arena.schedule(plan.offsets)
+    with activate(arena):
+        arena.begin()
+        model(*inputs)
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from accelrt import _C
+
+from .tracker import note_created
+
+# DLPack's device types, and the alignments of the allocators of torch.
+_DEVICE_TYPES = {"cpu": 1, "cuda": 2}
+_ALIGNMENTS = {"cpu": 64, "cuda": 512}
+
+# DLPack's (code, bits). Other types come as bytes and are viewed.
+_DTYPES = {
+    torch.bfloat16: (4, 16),
+    torch.float16: (2, 16),
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.bool: (6, 8),
+    torch.uint8: (1, 8),
+    torch.int8: (0, 8),
+    torch.int16: (0, 16),
+    torch.int32: (0, 32),
+    torch.int64: (0, 64),
+}
+_BYTES = (1, 8)
+
+
+def alignment_of(device: torch.device | str) -> int:
+    """Bytes to which an arena on ``device`` aligns its blocks.
+
+    Raises:
+        ValueError: the device is neither a CPU nor a CUDA device.
+    """
+    kind = torch.device(device).type
+    if kind not in _ALIGNMENTS:
+        raise ValueError(f"device is '{kind}'; an arena has memory on: {', '.join(_ALIGNMENTS)}")
+    return _ALIGNMENTS[kind]
+
+
+class Recording:
+    """Births and deaths of the tensors of a run, for the planner.
+
+    Every birth and every death is one event; a tensor lives until its storage is freed,
+    so views keep it alive.
+
+    Attributes:
+        live_bytes: of the tensors alive now.
+    """
+
+    def __init__(self) -> None:
+        self.live_bytes = 0
+        self._events = 0
+        self._sizes: list[int] = []
+        self._firsts: list[int] = []
+        self._lasts: list[int | None] = []
+        self._references: dict[int, weakref.ref[Any]] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """Record the birth of ``tensor`` now, and its death when it comes."""
+        storage = tensor.untyped_storage()
+        index = len(self._sizes)
+        self._sizes.append(storage.nbytes())
+        self._firsts.append(self._events)
+        self._lasts.append(None)
+        self._events += 1
+        self.live_bytes += storage.nbytes()
+        self._references[index] = weakref.ref(storage, lambda _: self._died(index))
+
+    def _died(self, index: int) -> None:
+        self._lasts[index] = self._events
+        self._events += 1
+        self.live_bytes -= self._sizes[index]
+        del self._references[index]
+
+    @property
+    def lives(self) -> list[tuple[int, int, int]]:
+        """``(bytes, first event, last event)`` in order of birth; what lives, lives until now."""
+        lasts = (self._events if last is None else last for last in self._lasts)
+        return list(zip(self._sizes, self._firsts, lasts, strict=True))
+
+    def plan(self, alignment: int) -> _C.OffsetPlan:
+        """Offsets for the recorded tensors, in order of birth.
+
+        Args:
+            alignment: bytes; see :func:`alignment_of`.
+
+        Returns:
+            ``offsets`` and ``slab_bytes``; ``bound_bytes``, the most bytes alive at once,
+            which no plan can do without; ``fragmentation``, the share above it.
+
+        Raises:
+            ValueError: the alignment is not positive.
+        """
+        lives = self.lives
+        sizes, firsts, lasts = ([life[i] for life in lives] for i in range(3))
+        return _C.plan_offsets(sizes, firsts, lasts, alignment)
+
+
+class Arena:
+    """Tensors out of one slab of a device.
+
+    A tensor's range is free again when its storage dies: views, also those of numpy, keep
+    it. What does not fit becomes an ordinary tensor and is counted. On CUDA a range is
+    reused without waiting for the device, so an arena serves the work of one stream.
+    :meth:`empty` may be called by several threads; the other methods by one at a time.
+
+    On the meta device there is no slab: tensors are ordinary and are recorded.
+
+    Args:
+        device: a CPU, CUDA or meta device.
+
+    Attributes:
+        device: the device, with its index on CUDA.
+        busy: held by the thread whose run the schedule serves.
+        recording: births and deaths since :meth:`begin`; only on the meta device.
+
+    Raises:
+        ValueError: another type of device.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        device = torch.device(device)
+        self.device = torch.device(device.type)
+        self.busy = threading.Lock()
+        self.recording = Recording()
+        self._offsets: Sequence[int] = ()
+        self._next = 0
+        self._core: _C.Arena | None = None
+        if device.type == "meta":
+            return
+        alignment = alignment_of(device)
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self.device = torch.device("cuda", index)
+        self._core = _C.Arena(_DEVICE_TYPES[device.type], self.device.index or 0, alignment)
+
+    def reserve(self, slab_bytes: int) -> None:
+        """Make the slab this large, rounded up to the alignment.
+
+        A slab of another size is replaced. Tensors of the old one stay valid and keep it in
+        memory; without any, the old one is freed before the new one is made.
+
+        Args:
+            slab_bytes: bytes; 0 is :meth:`release`.
+
+        Raises:
+            ValueError: a negative size.
+        """
+        if slab_bytes < 0:
+            raise ValueError(f"slab_bytes is {slab_bytes}; it must not be negative")
+        core = self._core
+        if core is None:
+            return
+        slab_bytes = -(-slab_bytes // core.alignment) * core.alignment
+        if slab_bytes == core.slab_bytes:
+            return
+        core.release()
+        if slab_bytes > 0:
+            address, owner = _make_slab(slab_bytes, self.device)
+            core.set_slab(address, slab_bytes, owner)
+
+    def release(self) -> None:
+        """Forget the slab; its memory returns when its last tensor dies."""
+        if self._core is not None:
+            self._core.release()
+
+    def schedule(self, offsets: Sequence[int] | None) -> None:
+        """Say where the tensors of a run shall lie.
+
+        Args:
+            offsets: in bytes, for the tensors after :meth:`begin` in order; those that come
+                later go where they fit best. ``None`` forgets the schedule.
+        """
+        self._offsets = () if offsets is None else tuple(offsets)
+        self._next = 0
+
+    def begin(self) -> None:
+        """A run starts: the next tensor is the first of the schedule, or of the recording."""
+        self._next = 0
+        self.recording = Recording()
+
+    def empty(
+        self, shape: Sequence[int], dtype: torch.dtype, channels_last: bool = False
+    ) -> Tensor:
+        """An uninitialised tensor, with the strides that ``torch.empty`` would give it.
+
+        Args:
+            shape: its sizes. A tensor without elements takes no place in the schedule.
+            dtype: its type.
+            channels_last: the layout of an image ``[N, C, H, W]``; else contiguous.
+
+        Raises:
+            ValueError: ``channels_last`` for a shape that is not four-dimensional.
+        """
+        if channels_last and len(shape) != 4:
+            raise ValueError(f"shape is {tuple(shape)}; channels_last needs four dimensions")
+        elements = math.prod(shape)
+        if elements <= 0:
+            return _ordinary(self.device, shape, dtype, channels_last)
+        core = self._core
+        if core is None:
+            tensor = _ordinary(self.device, shape, dtype, channels_last)
+            self.recording.add(tensor)
+            return tensor
+        index = self._next
+        self._next = index + 1
+        preferred = self._offsets[index] if index < len(self._offsets) else -1
+        size = elements * dtype.itemsize
+        strides = _strides(shape, channels_last)
+        typed = _DTYPES.get(dtype)
+        if typed is None:
+            capsule = core.allocate(size, preferred, *_BYTES, (size,), (1,))
+        else:
+            capsule = core.allocate(size, preferred, *typed, shape, strides)
+        if capsule is None:
+            return _ordinary(self.device, shape, dtype, channels_last)
+        tensor = from_dlpack(capsule)
+        note_created(tensor)
+        return tensor if typed else tensor.view(dtype).as_strided(shape, strides)
+
+    def reset_peak(self) -> None:
+        """Begin a new peak at what is alive now."""
+        if self._core is not None:
+            self._core.reset_peak()
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Size of the slab."""
+        return 0 if self._core is None else self._core.slab_bytes
+
+    @property
+    def live_bytes(self) -> int:
+        """Aligned bytes of the living tensors of the arena."""
+        return 0 if self._core is None else self._core.live_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most ``live_bytes`` so far, or since :meth:`reset_peak`."""
+        return 0 if self._core is None else self._core.peak_bytes
+
+    @property
+    def misplaced(self) -> int:
+        """How many tensors are or were not where the schedule wanted them."""
+        return 0 if self._core is None else self._core.misplaced
+
+    @property
+    def spills(self) -> int:
+        """How many tensors did not fit and became ordinary ones."""
+        return 0 if self._core is None else self._core.refused
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Aligned bytes of those tensors, together."""
+        return 0 if self._core is None else self._core.refused_bytes
+
+
+_local = threading.local()
+
+
+@contextmanager
+def activate(arena: Arena | None) -> Iterator[Arena | None]:
+    """:func:`empty` takes the tensors of this thread from ``arena``; ``None``: from none."""
+    outer = current()
+    _local.arena = arena
+    try:
+        yield arena
+    finally:
+        _local.arena = outer
+
+
+def current() -> Arena | None:
+    """The active arena of this thread."""
+    arena: Arena | None = getattr(_local, "arena", None)
+    return arena
+
+
+def empty(
+    device: torch.device, shape: Sequence[int], dtype: torch.dtype, channels_last: bool = False
+) -> Tensor:
+    """An uninitialised tensor, from the active arena if that is of this device.
+
+    Args:
+        device: where.
+        shape: its sizes.
+        dtype: its type.
+        channels_last: the layout of an image ``[N, C, H, W]``; else contiguous.
+    """
+    # A traced program must not hold memory of an arena.
+    if not torch.compiler.is_compiling():
+        arena = current()
+        if arena is not None and _same(arena.device, device):
+            return arena.empty(shape, dtype, channels_last)
+    return _ordinary(device, shape, dtype, channels_last)
+
+
+def _same(own: torch.device, device: torch.device) -> bool:
+    if own.type != device.type:
+        return False
+    return own.type != "cuda" or own.index == device.index
+
+
+def _ordinary(
+    device: torch.device, shape: Sequence[int], dtype: torch.dtype, channels_last: bool
+) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(tuple(shape), dtype=dtype, device=device, memory_format=layout)
+
+
+def _strides(shape: Sequence[int], channels_last: bool) -> list[int]:
+    if channels_last:
+        _, channels, height, width = shape
+        return [height * width * channels, 1, width * channels, channels]
+    strides = []
+    stride = 1
+    for size in reversed(shape):
+        strides.append(stride)
+        stride *= size
+    return strides[::-1]
+
+
+def _make_slab(slab_bytes: int, device: torch.device) -> tuple[int, object]:
+    """Address and owner. A storage without a tensor: reserved memory, unseen by trackers."""
+    if device.type == "cpu":
+        return _allocated(slab_bytes, device)
+    # A pool of its own: the slab is no part of a segment that others fragment, and its memory
+    # goes back to the device. A tuple frees its last entry first: the slab, then the pool.
+    with torch.cuda.device(device):
+        pool = torch.cuda.MemPool()
+        with torch.cuda.use_mem_pool(pool, device):
+            address, storage = _allocated(slab_bytes, device)
+    return address, (pool, storage)
+
+
+def _allocated(size: int, device: torch.device) -> tuple[int, object]:
+    storage = torch.UntypedStorage(size, device=device)  # type: ignore[no-untyped-call]
+    return storage.data_ptr(), storage

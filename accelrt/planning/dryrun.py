@@ -1,0 +1,243 @@
+"""A forward on meta tensors: memory and estimated time of every group, in a second or so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from accelrt._C import OffsetPlan
+from accelrt.groups.slicing import Probe, probing
+from accelrt.memory.arena import Arena, alignment_of
+from accelrt.memory.tracker import PeakTracker
+
+from .cost import Machine, attention_seconds, seconds_of
+
+
+@dataclass
+class GroupRun:
+    """What one group did in a dry run.
+
+    Args:
+        name, stage: of the group.
+        entry_bytes: live when it began, at most.
+        peak_bytes: live at its worst.
+        own_bytes: live at its worst, apart from the buffers of the arena.
+        entry_own_bytes: those when it began.
+        seconds: the estimate of its time, all passes together.
+    """
+
+    name: str
+    stage: str
+    entry_bytes: int = 0
+    peak_bytes: int = 0
+    own_bytes: int = 0
+    entry_own_bytes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What the group makes and frees outside of the arena."""
+        return self.own_bytes - self.entry_own_bytes
+
+
+@dataclass
+class DryRun:
+    """What a forward did.
+
+    Args:
+        groups: by name, in order.
+        peak_bytes: live activations at the peak, inputs and weights apart.
+        own_bytes: the same without the buffers of the arena.
+        seconds: the estimate of the forward's time.
+        timeline: live bytes at the worst of each group, with its name.
+        offsets: of the arena's buffers; ``None`` without one.
+    """
+
+    groups: dict[str, GroupRun]
+    peak_bytes: int
+    own_bytes: int
+    seconds: float
+    timeline: list[tuple[str, int]] = field(default_factory=list)
+    offsets: OffsetPlan | None = None
+
+
+class MetaKernels(TorchFunctionMode):
+    """The large operators on meta tensors: their outputs alone, and the estimate of their time.
+
+    Attention has no matrix of scores, as in fused kernels. The others are here because
+    torch's own meta kernels take milliseconds.
+
+    Args:
+        rates: of the machine, for :attr:`seconds`.
+        probe: counts slices that are left out.
+    """
+
+    def __init__(self, rates: Machine | None = None, probe: Probe | None = None) -> None:
+        super().__init__()
+        self.rates = Machine() if rates is None else rates
+        self.probe = Probe() if probe is None else probe
+        self.seconds = 0.0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            named = [kwargs[name] for name in ("query", "key", "value")[len(args) :]]
+            q, k, v = (*args[:3], *named)
+            if q.device.type == "meta":
+                return self._attention(q, k, v)
+        elif func is F.linear and not kwargs and args[0].device.type == "meta":
+            x, weight = args[:2]
+            out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+            return self._done("linear", (x, weight), out)
+        elif func is torch.addmm and set(kwargs) == {"out"} and kwargs["out"].is_meta:
+            return self._done("addmm", args, kwargs["out"])
+        elif func is F.conv2d and not kwargs and len(args) == 7 and args[0].is_meta:
+            x, weight = args[:2]
+            if isinstance(args[4], tuple) and x.dim() == 4:
+                return self._done("convolution", (x, weight), _convolved(x, weight, *args[3:6]))
+        return func(*args, **kwargs)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.seconds += self.probe.repeats * attention_seconds(q, k, self.rates)
+        batch, heads, length, _ = q.shape
+        return q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
+
+    def _done(self, name: str, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        self.seconds += self.probe.repeats * seconds_of(name, args, out, self.rates)
+        return out
+
+
+def _convolved(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """The output of a convolution of ``[N, C, H, W]``, in the layout of its input."""
+    sides = [
+        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i]
+        + 1
+        for i in range(2)
+    ]
+    layout = torch.contiguous_format
+    if x.is_contiguous(memory_format=torch.channels_last):
+        layout = torch.channels_last
+    shape = (x.shape[0], weight.shape[0], *sides)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+class _Recorder(PeakTracker):  # type: ignore[no-untyped-call]
+    """The tracker, also per group, with the estimate of time.
+
+    Args:
+        rates: of the machine.
+        probe: counts slices that are left out.
+        kernels: adds the time of large operators.
+        arena: of which the buffers are known apart.
+    """
+
+    def __init__(
+        self, rates: Machine, probe: Probe, kernels: MetaKernels, arena: Arena | None
+    ) -> None:
+        super().__init__()
+        self.rates = rates
+        self.probe = probe
+        self.kernels = kernels
+        self.arena = arena
+        self.groups: dict[str, GroupRun] = {}
+        self.seconds = 0.0
+        self.own_peak = 0
+        self.profile: list[tuple[str, int]] = []
+        self._current: GroupRun | None = None
+        self._began = 0.0
+
+    def _own(self) -> int:
+        return self.live_bytes - (0 if self.arena is None else self.arena.recording.live_bytes)
+
+    def _total_seconds(self) -> float:
+        return self.seconds + self.kernels.seconds
+
+    def enter(self, stage: Any, group: Any, state: Any) -> None:
+        """A group begins."""
+        super().enter(stage, group, state)
+        run = self.groups.setdefault(group.name, GroupRun(group.name, stage.name))
+        run.entry_bytes = max(run.entry_bytes, self.live_bytes)
+        run.entry_own_bytes = max(run.entry_own_bytes, self._own())
+        self._current, self._began = run, self._total_seconds()
+        self._note(run)
+
+    def leave(self, stage: Any, group: Any, state: Any) -> None:
+        """A group has run."""
+        assert self._current is not None
+        self._current.seconds += self._total_seconds() - self._began
+        self._current = None
+        super().leave(stage, group, state)
+
+    def _note(self, run: GroupRun) -> None:
+        run.peak_bytes = max(run.peak_bytes, self.live_bytes)
+        run.own_bytes = max(run.own_bytes, self._own())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        values = (*args, *(kwargs or {}).values())
+        name = func._schema.name.partition("::")[2]
+        self.seconds += self.probe.repeats * seconds_of(name, values, result, self.rates)
+        if name != "empty":  # the arena learns of its buffer after the operator that makes it
+            self.own_peak = max(self.own_peak, self._own())
+            if self._current is not None:
+                self._note(self._current)
+        label = "" if self._current is None else self._current.name
+        if not self.profile or self.profile[-1][0] != label:
+            self.profile.append((label, self.live_bytes))
+        elif self.live_bytes > self.profile[-1][1]:
+            self.profile[-1] = (label, self.live_bytes)
+        return result
+
+
+def dry_run(
+    run: Any,
+    inputs: dict[str, Any],
+    rates: Machine,
+    *,
+    forward: Any = None,
+    arena: Arena | None = None,
+) -> DryRun:
+    """Run a model on meta tensors.
+
+    Args:
+        run: called with ``inputs`` as keywords.
+        inputs: meta tensors, and what else the call takes.
+        rates: of the machine, for the estimate of time.
+        forward: ours, which tells about its groups; ``None`` for a stock model.
+        arena: a recording one on the meta device, which ``run`` uses.
+    """
+    with torch.no_grad(), probing() as probe, MetaKernels(rates, probe) as kernels:
+        recorder = _Recorder(rates, probe, kernels, arena)
+        observer = None if forward is None else forward.observer
+        if forward is not None:
+            forward.observer = recorder
+        try:
+            with recorder:
+                output = run(**inputs)
+                del output
+        finally:
+            if forward is not None:
+                forward.observer = observer
+    beside = probe.left_out_bytes
+    for group in recorder.groups.values():
+        group.entry_bytes += beside
+        group.peak_bytes += beside
+        group.own_bytes += beside
+        group.entry_own_bytes += beside
+    return DryRun(
+        groups=recorder.groups,
+        peak_bytes=recorder.peak_bytes + beside,
+        own_bytes=recorder.own_peak + beside,
+        seconds=recorder._total_seconds(),
+        timeline=recorder.profile,
+        offsets=None if arena is None else arena.recording.plan(alignment_of("cpu")),
+    )

@@ -1,0 +1,183 @@
+"""The plan of a pipeline for a size of request, ahead of any call."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from accelrt.config import Config
+from accelrt.errors import BudgetError
+from accelrt.memory.sizes import AUTO, MIN, parse_budget
+from accelrt.memory.tracker import weight_bytes
+from accelrt.models.family import CallShape, Family
+from accelrt.models.forward import Forward
+
+from .budget import AUTO_MARGIN, free_bytes, workspace_bytes
+from .clone import meta_clone
+from .component import plan_component
+from .cost import Machine, machine
+from .dryrun import dry_run
+from .plan import ComponentPlan, Plan
+
+Part = tuple[nn.Module, str, Family]
+
+
+def plan_parts(
+    parts: list[Part],
+    modules: dict[str, nn.Module],
+    config: Config,
+    shape: CallShape,
+    *,
+    takes_image: bool = False,
+    standalone: bool = False,
+    stock: bool = False,
+) -> Plan:
+    """How some models keep ``config.memory_budget`` for a request of one size.
+
+    Args:
+        parts: the supported modules, their paths and families.
+        modules: all modules of the pipeline by name, for their weights.
+        config: slice lengths, switches and the budget.
+        shape: of the request.
+        takes_image: the encoder of the VAE runs too.
+        standalone: a single model: the budget is for its activations alone.
+        stock: also look at the peaks of the stock models.
+
+    Raises:
+        BudgetError: no exact plan fits; it names the smallest budget that can be met.
+    """
+    spec = AUTO if config.memory_budget is None else parse_budget(config.memory_budget)
+    weights = {name: weight_bytes(module) for name, module in modules.items()}
+    resident = 0 if standalone else weight_bytes(*modules.values())
+    device, dtype = _placement(parts)
+    rates = machine(device, dtype)
+    target = torch.device("cpu") if device.type == "meta" else device
+    reserve = 0
+    if not standalone:
+        reserve = max((workspace_bytes(module, device) for module, _, _ in parts), default=0)
+    total: int | None = spec if isinstance(spec, int) else None
+    if spec == AUTO:
+        total = int(free_bytes(device) * (1 - AUTO_MARGIN))
+        total += resident if device.type != "meta" else 0
+    limit = None if spec == MIN else (total or 0) - resident - reserve
+    planned: list[ComponentPlan] = []
+    stock_bytes: dict[str, int] = {}
+    worst: BudgetError | None = None
+    for module, path, family in parts:
+        if path.endswith("encoder") and not takes_image:
+            continue
+        example = family.example(module, shape, dtype)
+        if example is None:
+            continue
+        clone = _double(module, family, config, path)
+        inputs = clone.arguments(**example)
+        if stock:
+            stock_bytes[path] = _stock_peak(clone, inputs, rates)
+        try:
+            plan, _, _ = plan_component(
+                clone, inputs, config, rates, target, limit, resident + reserve
+            )
+            planned.append(plan)
+        except BudgetError as error:
+            if worst is None or error.smallest_bytes > worst.smallest_bytes:
+                worst = error
+    if worst is not None:
+        raise worst
+    return Plan(
+        budget_bytes=total,
+        weights=weights,
+        resident_bytes=resident,
+        reserve_bytes=reserve,
+        components=tuple(planned),
+        stock_bytes=stock_bytes,
+    )
+
+
+def _double(module: nn.Module, family: Family, config: Config, path: str) -> Forward:
+    """A forward on a double of ``module`` without weights, which it keeps alive."""
+    clone = meta_clone(module)
+    clone.__dict__.pop("forward", None)
+    forward = Forward(clone, family, config, path)
+    forward.keeps_alive = clone
+    return forward
+
+
+def _stock_peak(clone: Forward, inputs: dict[str, Any], rates: Machine) -> int:
+    module = clone.module
+    run = type(module).forward.__get__(module)
+    return dry_run(run, inputs, rates).peak_bytes
+
+
+def _placement(parts: list[Part]) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the first part's weights."""
+    for module, _, _ in parts:
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                return parameter.device, parameter.dtype
+    return torch.device("cpu"), torch.float32
+
+
+def request_shape(
+    target: Any,
+    parts: list[Part],
+    *,
+    height: int | None,
+    width: int | None,
+    num_frames: int | None,
+    batch: int,
+    guidance: bool,
+) -> CallShape:
+    """The size of a request in latents.
+
+    Args:
+        target: the pipeline or model.
+        parts: its supported modules.
+        height, width: of the pictures in pixels; by default what the denoiser was made for.
+        num_frames: per video; by default what the model was made for, or 16.
+        batch: pictures or videos.
+        guidance: classifier-free guidance: two samples of each.
+
+    Raises:
+        ValueError: for a size that is no positive multiple of the VAE's scale.
+    """
+    scale = _vae_scale(target)
+    denoiser = next((m for m, p, f in parts if not p.endswith(("encoder", "decoder"))), None)
+    config: Any = getattr(denoiser, "config", None)
+    side = getattr(config, "sample_size", None) or 64
+    sides = tuple(side) if isinstance(side, (list, tuple)) else (side, side)
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and (value < 1 or value % scale):
+            raise ValueError(f"{name} is {value}; allowed: positive multiples of {scale}")
+    for name, value in (("batch", batch), ("num_frames", num_frames)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; allowed: an integer >= 1")
+    frames = num_frames or getattr(config, "num_frames", None)
+    return CallShape(
+        samples=batch * (2 if guidance else 1),
+        outputs=batch,
+        frames=frames or (16 if _is_video(denoiser) else 1),
+        height=sides[0] if height is None else height // scale,
+        width=sides[1] if width is None else width // scale,
+    )
+
+
+def _is_video(denoiser: Any) -> bool:
+    return "Motion" in type(denoiser).__name__ or "Temporal" in type(denoiser).__name__
+
+
+def _vae_scale(target: Any) -> int:
+    """Pixels per latent and side."""
+    config: Any = getattr(getattr(target, "vae", target), "config", None)
+    channels = getattr(config, "block_out_channels", None)
+    is_vae = getattr(config, "latent_channels", None) is not None
+    return int(2 ** (len(channels) - 1)) if is_vae and channels else 8
+
+
+def takes_image(target: Any) -> bool:
+    """The pipeline starts from a picture, or the target is no pipeline."""
+    if isinstance(target, nn.Module):
+        return True
+    return "image" in inspect.signature(type(target).__call__).parameters

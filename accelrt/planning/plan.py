@@ -1,0 +1,126 @@
+"""What a plan says."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """How one group is cut.
+
+    Args:
+        name, stage: of the group.
+        slice_mib: MiB of scratch that its slices aim at; ``None`` for the fastest.
+        bands: single images are cut where that is not enough.
+        recompute: intermediates are computed twice.
+        entry_bytes, peak_bytes: live activations when it begins, and at its worst.
+        own_bytes: the worst of those that are not in the arena.
+        seconds: the estimate of its time.
+    """
+
+    name: str
+    stage: str
+    slice_mib: float | None
+    bands: bool
+    recompute: bool
+    entry_bytes: int
+    peak_bytes: int
+    own_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """How one model of a pipeline runs.
+
+    Args:
+        path: of the model in the pipeline.
+        samples_per_pass: guidance halves and images that run together; ``None`` for all.
+        recompute_skips: skips that are cheap to compute are computed again.
+        groups: in order.
+        limit_bytes: what its activations may take.
+        peak_bytes: live activations at the peak, weights and inputs apart.
+        own_bytes: the peak of those that are not in the arena.
+        slab_bytes: of the arena.
+        bound_bytes: the most that is alive at once in the arena; what the slab has above
+            it is fragmentation.
+        offsets: of the arena's buffers, in the order of their making.
+        seconds, fastest_seconds: estimates for this plan, and for the fastest one.
+        timeline: live bytes at the worst of each group, with the group's name.
+    """
+
+    path: str
+    samples_per_pass: int | None
+    recompute_skips: bool
+    groups: tuple[GroupPlan, ...]
+    limit_bytes: int
+    peak_bytes: int
+    own_bytes: int
+    slab_bytes: int
+    bound_bytes: int
+    offsets: tuple[int, ...]
+    seconds: float
+    fastest_seconds: float
+    timeline: tuple[tuple[str, int], ...]
+
+    @property
+    def reserved_bytes(self) -> int:
+        """The arena and what comes beside it: what the process must have."""
+        return self.slab_bytes + self.own_bytes
+
+    @property
+    def fragmentation(self) -> float:
+        """The share of the slab above what is ever alive in it."""
+        return self.slab_bytes / self.bound_bytes - 1.0 if self.bound_bytes else 0.0
+
+    @property
+    def binding(self) -> str:
+        """The group that needs most beside the arena."""
+        return max(self.groups, key=lambda g: g.own_bytes).name if self.groups else ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a pipeline keeps a budget.
+
+    Args:
+        budget_bytes: what the call may take; ``None`` if it is free.
+        weights: bytes of the weights by component.
+        resident_bytes: those of them that stay on the device; the rest is streamed.
+        reserve_bytes: for what the library needs inside of its operators, and for the
+            latents, embeddings and pictures between the models.
+        components: the models that run, one after the other.
+        stock_bytes: peaks of the stock models by component, where they were looked at.
+    """
+
+    budget_bytes: int | None
+    weights: dict[str, int]
+    resident_bytes: int
+    reserve_bytes: int
+    components: tuple[ComponentPlan, ...]
+    stock_bytes: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Weights, reserve and the largest component."""
+        largest = max((c.reserved_bytes for c in self.components), default=0)
+        return self.resident_bytes + self.reserve_bytes + largest
+
+    @property
+    def binding(self) -> str:
+        """What decides the peak: a component and its group."""
+        largest = max(self.components, key=lambda c: c.reserved_bytes, default=None)
+        if largest is None:
+            return "weights"
+        return f"{largest.path or 'model'}: {largest.binding}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return {**asdict(self), "peak_bytes": self.peak_bytes, "binding": self.binding}
+
+    def __str__(self) -> str:
+        from .render import plan_text
+
+        return plan_text(self)

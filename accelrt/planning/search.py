@@ -1,0 +1,269 @@
+"""The fastest way to cut a forward that fits: settings of the call, options of the groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from accelrt.config import Config
+from accelrt.groups import Group
+from accelrt.memory.arena import Arena
+from accelrt.models.forward import Cut, Forward
+
+from .cost import Machine
+from .dryrun import DryRun, GroupRun, dry_run
+from .plan import ComponentPlan, GroupPlan
+
+#: MiB of scratch that a group may be told to aim at, from loose to tight.
+RUNGS = (8.0, 2.0, 0.5, 0.125, 0.03125)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the call is cut, which every group of it feels.
+
+    Args:
+        samples_per_pass: guidance halves and images that run together; ``None`` for all.
+        recompute_skips: skips that are cheap to compute are computed again.
+    """
+
+    samples_per_pass: int | None
+    recompute_skips: bool
+
+
+@dataclass(frozen=True)
+class Option:
+    """How one group is cut, which no other group feels.
+
+    Args:
+        slice_mib: scratch aimed at; ``None`` for the config's.
+        bands: single images may be cut.
+        recompute: the group may compute its own intermediates twice.
+    """
+
+    slice_mib: float | None
+    bands: bool = False
+    recompute: bool = False
+
+
+FASTEST = Option(None)
+
+
+def options(base: Config) -> list[Option]:
+    """All options, from fast to small."""
+    found = [FASTEST]
+    if base.slice_mib is None:
+        found += [Option(mib, bands=True) for mib in RUNGS]
+    if base.recompute != "never":
+        mibs = RUNGS[1::2] + RUNGS[-1:] if base.slice_mib is None else (None,)
+        found += [Option(mib, bands=True, recompute=True) for mib in mibs]
+    return found
+
+
+def settings(base: Config, batch: int) -> list[Setting]:
+    """All settings of a call with ``batch`` samples, from what is usually fast to small."""
+    passes: list[int | None] = [base.samples_per_pass]
+    if base.samples_per_pass is None:
+        half = batch // 2
+        while half >= 1:
+            passes.append(half)
+            half //= 2
+    skips = {"allow": (False, True), "never": (False,), "always": (True,)}[base.recompute]
+    return [Setting(count, again) for again in skips for count in passes]
+
+
+class Model:
+    """A forward on the meta device that can be run under any setting and option.
+
+    Args:
+        forward: of a module whose weights are meta tensors.
+        inputs: all arguments by name, as the forward's ``run`` takes them.
+        base: what the user configured.
+        rates: of the machine that the plan is for.
+        slice_mib: what ``slice_mib=None`` means there.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        inputs: dict[str, Any],
+        base: Config,
+        rates: Machine,
+        slice_mib: float,
+    ) -> None:
+        self.forward = forward
+        self.inputs = inputs
+        self.base = base
+        self.rates = rates
+        self.slice_mib = slice_mib
+        self._runs: dict[tuple[Setting, Option], DryRun] = {}
+
+    def configure(
+        self, forward: Forward, setting: Setting, chosen: dict[str, Option] | Option
+    ) -> Cut:
+        """Stages of ``forward`` whose groups are set as ``chosen`` says."""
+        config = self.base.override(samples_per_pass=setting.samples_per_pass)
+        stages = forward.family.stages(forward.module, config)
+        for stage in stages:
+            for group in stage.groups:
+                option = chosen if isinstance(chosen, Option) else chosen.get(group.name, FASTEST)
+                group.configure(self._group_config(config, group, setting, option))
+        return Cut(stages, config)
+
+    def _group_config(
+        self, config: Config, group: Group, setting: Setting, option: Option
+    ) -> Config:
+        again = setting.recompute_skips if group.makes_skip else option.recompute
+        mib = next(m for m in (option.slice_mib, self.base.slice_mib, self.slice_mib) if m)
+        return config.override(
+            recompute="always" if again else "never",
+            bands=option.bands or self.base.bands,
+            slice_mib=mib,
+        )
+
+    def run(self, setting: Setting, option: Option) -> DryRun:
+        """All groups under one option."""
+        key = (setting, option)
+        if key not in self._runs:
+            self._runs[key] = self.together(setting, option)
+        return self._runs[key]
+
+    def together(self, setting: Setting, chosen: dict[str, Option] | Option) -> DryRun:
+        """Every group under its own option."""
+        arena = Arena("meta")
+        cut = self.configure(self.forward, setting, chosen).placed(arena)
+
+        def call(**inputs: Any) -> Any:
+            return self.forward.run(cut, inputs)
+
+        return dry_run(call, self.inputs, self.rates, forward=self.forward, arena=arena)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best of one setting: an option for every group."""
+
+    setting: Setting
+    chosen: dict[str, Option]
+    seconds: float
+
+
+def smallest(model: Model, batch: int) -> int:
+    """The least memory in bytes that any cut needs, by the rule of :func:`search`."""
+    setting = settings(model.base, batch)[-1]
+    runs = [model.run(setting, option) for option in _tightest(model.base)]
+    scratch = max(min(run.groups[name].scratch_bytes for run in runs) for name in runs[0].groups)
+    return min(map(kept_bytes, runs)) + scratch
+
+
+def kept_bytes(run: DryRun) -> int:
+    """What lives beyond a slice: the arena's slab, or what groups find alive.
+
+    Small tensors are made whole, outside of the arena; whether they are depends on the
+    option, how much is alive between groups does not.
+    """
+    slab = 0 if run.offsets is None else run.offsets.slab_bytes
+    return max([slab, *(group.entry_bytes for group in run.groups.values())])
+
+
+def _tightest(base: Config) -> list[Option]:
+    """The tightest option of each kind."""
+    kinds: dict[tuple[bool, bool], Option] = {}
+    for option in options(base):
+        kinds[option.bands, option.recompute] = option
+    return list(kinds.values())
+
+
+def search(model: Model, batch: int, limit: int) -> Found | None:
+    """The fastest cut whose live activations stay within ``limit`` bytes, or ``None``."""
+    best: Found | None = None
+    for setting in settings(model.base, batch):
+        if best is not None and model.run(setting, FASTEST).seconds >= best.seconds:
+            continue  # cutting finer makes it no faster
+        found = _within(model, setting, limit)
+        if found is not None and (best is None or found.seconds < best.seconds):
+            best = found
+        if best is not None and all(option == FASTEST for option in best.chosen.values()):
+            break  # nothing had to be tightened
+    return best
+
+
+def _within(model: Model, setting: Setting, limit: int) -> Found | None:
+    """For every group, the fastest option that fits; ``None`` if one has none."""
+    fastest = model.run(setting, FASTEST)
+    if any(group.entry_bytes > limit for group in fastest.groups.values()):
+        return None  # what a group finds alive is there whatever its own option is
+    found = _Choices(set(fastest.groups))
+    found.choose(fastest, FASTEST, limit - kept_bytes(fastest))
+    if found.waiting:
+        tight = [model.run(setting, option) for option in _tightest(model.base)[1:]]
+        # A group may need less of the arena when it is cut finer.
+        room = limit - min(map(kept_bytes, [fastest, *tight]))
+        found.choose(fastest, FASTEST, room)
+        for name in found.waiting:
+            if all(run.groups[name].scratch_bytes > room for run in tight):
+                return None
+        for option in options(model.base)[1:]:
+            if found.waiting:
+                found.choose(model.run(setting, option), option, room)
+    if found.waiting:
+        return None
+    return Found(setting, found.chosen, sum(found.seconds.values()))
+
+
+class _Choices:
+    """Options of the groups, as far as they are known.
+
+    Args:
+        waiting: names of groups without one.
+    """
+
+    def __init__(self, waiting: set[str]) -> None:
+        self.waiting = waiting
+        self.chosen: dict[str, Option] = {}
+        self.seconds: dict[str, float] = {}
+
+    def choose(self, run: DryRun, option: Option, room: int) -> None:
+        """Give ``option`` to the groups whose scratch is no more than ``room``."""
+        for name in list(self.waiting):
+            group = run.groups[name]
+            if group.scratch_bytes <= room:
+                self.chosen[name], self.seconds[name] = option, group.seconds
+                self.waiting.discard(name)
+
+
+def finish(model: Model, found: Found, path: str, limit: int) -> ComponentPlan:
+    """The plan of a component, looked at once more as a whole."""
+    final = model.together(found.setting, found.chosen)
+    fastest = model.run(Setting(model.base.samples_per_pass, False), FASTEST)
+    assert final.offsets is not None
+    groups = tuple(_group_plan(run, found.chosen[name]) for name, run in final.groups.items())
+    return ComponentPlan(
+        path=path,
+        samples_per_pass=found.setting.samples_per_pass,
+        recompute_skips=found.setting.recompute_skips,
+        groups=groups,
+        limit_bytes=limit,
+        peak_bytes=final.peak_bytes,
+        own_bytes=final.own_bytes,
+        slab_bytes=final.offsets.slab_bytes,
+        bound_bytes=final.offsets.bound_bytes,
+        offsets=tuple(final.offsets.offsets),
+        seconds=final.seconds,
+        fastest_seconds=fastest.seconds,
+        timeline=tuple(final.timeline),
+    )
+
+
+def _group_plan(run: GroupRun, option: Option) -> GroupPlan:
+    return GroupPlan(
+        name=run.name,
+        stage=run.stage,
+        slice_mib=option.slice_mib,
+        bands=option.bands,
+        recompute=option.recompute,
+        entry_bytes=run.entry_bytes,
+        peak_bytes=run.peak_bytes,
+        own_bytes=run.own_bytes,
+        seconds=run.seconds,
+    )

@@ -1,0 +1,61 @@
+"""Peaks of the published UNets at full size, on meta tensors: what the README claims."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import accelrt
+from accelrt.benchmarking import models
+from accelrt.benchmarking.models import ModelCase
+from accelrt.benchmarking.weights import on_meta
+from accelrt.config import Config
+
+# Target in MiB of live activations, without and with recomputed skips; guidance halves in turn.
+TARGETS: dict[str, tuple[Callable[[], ModelCase], dict[str, int], float, float]] = {
+    "animatediff-512x512": (
+        lambda: models.animatediff(16, 64, 64),
+        {"height": 512, "width": 512, "num_frames": 16},
+        225,
+        165,
+    ),
+    "animatediff-576x1024": (
+        lambda: models.animatediff(16, 72, 128),
+        {"height": 576, "width": 1024, "num_frames": 16},
+        480,
+        350,
+    ),
+    "svd-14-frames": (
+        lambda: models.svd(14, 72, 128),
+        {"height": 576, "width": 1024, "num_frames": 14},
+        430,
+        320,
+    ),
+    "svd-xt": (
+        lambda: models.svd(25, 72, 128),
+        {"height": 576, "width": 1024, "num_frames": 25},
+        760,
+        560,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_smallest_plans(name: str) -> None:
+    build, request, kept, recomputed = TARGETS[name]
+    model = on_meta(build().build, torch.bfloat16)
+
+    def peak(recompute: str) -> Any:
+        config = Config(recompute=recompute)
+        plan = accelrt.plan(model, **request, memory_budget="min", config=config)
+        (part,) = plan.components
+        assert part.samples_per_pass == 1
+        assert part.recompute_skips == (recompute == "allow")
+        assert part.fragmentation < 0.01
+        return part.peak_bytes / 2**20
+
+    assert peak("never") <= kept
+    assert peak("allow") <= recomputed
