@@ -348,7 +348,7 @@ FULL: dict[str, Callable[[], ModelCase]] = {
 _CHANNELS = (32, 64)
 
 
-def _two_levels(suffix: str) -> dict[str, Any]:
+def two_levels(suffix: str) -> dict[str, Any]:
     """A UNet of two levels with one layer each, and every kind of block."""
     return {
         "block_out_channels": _CHANNELS,
@@ -361,7 +361,7 @@ def _two_levels(suffix: str) -> dict[str, Any]:
 
 TINY: dict[str, Callable[[], ModelCase]] = {
     "svd": lambda: svd(
-        3, 8, 16, **_two_levels("SpatioTemporal"), num_attention_heads=(2, 4),
+        3, 8, 16, **two_levels("SpatioTemporal"), num_attention_heads=(2, 4),
         addition_time_embed_dim=16, projection_class_embeddings_input_dim=48,
     ),
     "pixart": lambda: pixart(
@@ -370,9 +370,9 @@ TINY: dict[str, Callable[[], ModelCase]] = {
     ),
     "dit": lambda: dit(16, num_attention_heads=4, attention_head_dim=16, num_layers=3),
     "animatediff": lambda: animatediff(
-        3, 8, 8, **_two_levels("Motion"), num_attention_heads=2, motion_num_attention_heads=2
+        3, 8, 8, **two_levels("Motion"), num_attention_heads=2, motion_num_attention_heads=2
     ),
-    "unet2d": lambda: unet2d(16, **_two_levels("2D"), attention_head_dim=2),
+    "unet2d": lambda: unet2d(16, **two_levels("2D"), attention_head_dim=2),
     "vae": lambda: vae(
         2, 8, block_out_channels=_CHANNELS, down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1,

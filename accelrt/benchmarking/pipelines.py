@@ -19,14 +19,7 @@ from diffusers import (
 )
 from torch import nn
 
-from .models import Inputs
-
-_VAE: Inputs = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "layers_per_block": 2,
-}
-_UP: Inputs = {"up_block_types": ("UpDecoderBlock2D",) * 4}
+from .models import Inputs, two_levels
 
 #: Turns a constructor of a model into the model: with random weights, or on the meta device.
 Make = Callable[[Callable[[], Any]], Any]
@@ -43,8 +36,9 @@ class PipelineCase:
         frames: of the video.
         build: the pipeline, given how its models are made.
         call: runs it once with one denoising step; returns the frames.
-        paper: GiB that Streamlined Inference (arXiv 2411.01171, table 1) reports for its
-            method and for the stock pipeline, or ``None``.
+        budget: that the call is to keep, weights included.
+        paper: GB that Streamlined Inference (arXiv 2411.01171, table 1) reports for the
+            stock pipeline and for its method, or ``None``.
     """
 
     name: str
@@ -54,12 +48,8 @@ class PipelineCase:
     frames: int
     build: Callable[[Make], Any]
     call: Callable[[Any], Any]
+    budget: str
     paper: tuple[float, float] | None = None
-
-    @property
-    def request(self) -> dict[str, int]:
-        """The size, as :func:`accelrt.plan` takes it."""
-        return {"height": self.height, "width": self.width, "num_frames": self.frames}
 
 
 def _new(cls: Any, **settings: Any) -> Any:
@@ -67,40 +57,46 @@ def _new(cls: Any, **settings: Any) -> Any:
     return cls(**settings)
 
 
-def _clip_text() -> nn.Module:
+def _clip_text(**overrides: Any) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     settings: Inputs = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
-    return CLIPTextModel(CLIPTextConfig(**settings, num_attention_heads=12))
+    settings = {**settings, "num_attention_heads": 12, **overrides}
+    return CLIPTextModel(CLIPTextConfig(**settings))
 
 
-def _clip_vision() -> nn.Module:
+def _clip_vision(**overrides: Any) -> nn.Module:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     settings: Inputs = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
-    return CLIPVisionModelWithProjection(
-        CLIPVisionConfig(**settings, num_attention_heads=16, patch_size=14, projection_dim=1024)
-    )
+    more: Inputs = {"num_attention_heads": 16, "patch_size": 14, "projection_dim": 1024}
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**{**settings, **more, **overrides}))
 
 
-def animatediff(
-    frames: int = 16, height: int = 576, width: int = 1024, **unet: Any
-) -> PipelineCase:
-    """AnimateDiff on Stable Diffusion 1.5."""
-    paper = (11.07, 41.7) if (height, width, frames) == (576, 1024, 16) else None
+def animatediff(size: str = "full") -> PipelineCase:
+    """AnimateDiff on Stable Diffusion 1.5: 16 frames of 576x1024."""
+    tiny = size == "tiny"
+    frames, height, width = (3, 16, 32) if tiny else (16, 576, 1024)
+    unet: Inputs = {"cross_attention_dim": 768}
+    text: Inputs = {}
+    if tiny:
+        heads = {"num_attention_heads": 2, "motion_num_attention_heads": 2}
+        unet = {**two_levels("Motion"), **heads}
+        text = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+        text["num_attention_heads"] = 2
+    vae = _vae(tiny, up=True)
 
     def build(make: Make) -> Any:
         scheduler = _new(
             DDIMScheduler, beta_start=0.00085, beta_end=0.012, beta_schedule="linear",
             clip_sample=False,
         )  # fmt: skip
-        settings = {"cross_attention_dim": 768, **unet}
         return _new(
             AnimateDiffPipeline,
-            vae=make(lambda: _new(AutoencoderKL, **_VAE, **_UP)),
-            text_encoder=make(_clip_text),
+            vae=make(lambda: _new(AutoencoderKL, **vae)),
+            text_encoder=make(lambda: _clip_text(**text)),
             tokenizer=None,
-            unet=make(lambda: _new(UNetMotionModel, **settings)),
+            unet=make(lambda: _new(UNetMotionModel, **unet)),
             motion_adapter=None,
             scheduler=scheduler,
         )
@@ -114,28 +110,39 @@ def animatediff(
             generator=torch.Generator().manual_seed(0), output_type="np",
         ).frames  # fmt: skip
 
-    return PipelineCase("animatediff", "AnimateDiff", height, width, frames, build, call, paper)
+    paper = None if tiny else (41.71, 11.07)
+    return PipelineCase(
+        "animatediff", "AnimateDiff", height, width, frames, build, call, "3.5GiB", paper
+    )
 
 
-def svd_xt(frames: int = 25, height: int = 576, width: int = 1024, **unet: Any) -> PipelineCase:
-    """Stable Video Diffusion XT."""
-    paper = (36.3, 61.2) if (height, width, frames) == (576, 1024, 25) else None
+def svd_xt(size: str = "full") -> PipelineCase:
+    """Stable Video Diffusion XT: 25 frames of 576x1024."""
+    tiny = size == "tiny"
+    frames, height, width = (3, 16, 32) if tiny else (25, 576, 1024)
+    unet: Inputs = {"num_frames": frames}
+    vision: Inputs = {}
+    if tiny:
+        unet |= two_levels("SpatioTemporal") | {"num_attention_heads": (2, 4)}
+        unet |= {"addition_time_embed_dim": 16, "projection_class_embeddings_input_dim": 48}
+        vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        vision |= {"num_attention_heads": 2, "projection_dim": 48}
+    vae = _vae(tiny, up=False)
 
     def build(make: Make) -> Any:
         from transformers import CLIPImageProcessor
 
         scheduler = _new(
             EulerDiscreteScheduler, beta_start=0.00085, beta_end=0.012,
-            beta_schedule="scaled_linear",
-            prediction_type="v_prediction", use_karras_sigmas=True, sigma_min=0.002,
-            sigma_max=700.0, timestep_type="continuous", timestep_spacing="leading",
+            beta_schedule="scaled_linear", prediction_type="v_prediction",
+            use_karras_sigmas=True, sigma_min=0.002, sigma_max=700.0,
+            timestep_type="continuous", timestep_spacing="leading",
         )  # fmt: skip
-        settings = {"num_frames": frames, **unet}
         return _new(
             StableVideoDiffusionPipeline,
-            vae=make(lambda: _new(AutoencoderKLTemporalDecoder, **_VAE)),
-            image_encoder=make(_clip_vision),
-            unet=make(lambda: _new(UNetSpatioTemporalConditionModel, **settings)),
+            vae=make(lambda: _new(AutoencoderKLTemporalDecoder, **vae)),
+            image_encoder=make(lambda: _clip_vision(**vision)),
+            unet=make(lambda: _new(UNetSpatioTemporalConditionModel, **unet)),
             scheduler=scheduler,
             feature_extractor=CLIPImageProcessor(),
         )
@@ -151,7 +158,21 @@ def svd_xt(frames: int = 25, height: int = 576, width: int = 1024, **unet: Any) 
             generator=torch.Generator().manual_seed(0), output_type="np",
         ).frames  # fmt: skip
 
-    return PipelineCase("svd-xt", "SVD-XT", height, width, frames, build, call, paper)
+    paper = None if tiny else (61.2, 36.32)
+    return PipelineCase("svd", "SVD-XT", height, width, frames, build, call, "8.5GiB", paper)
 
 
-PIPELINES: dict[str, Callable[..., PipelineCase]] = {"animatediff": animatediff, "svd-xt": svd_xt}
+def _vae(tiny: bool, *, up: bool) -> Inputs:
+    """Settings of the VAE of Stable Diffusion, or of a small one of as many levels as two."""
+    channels = (32, 64) if tiny else (128, 256, 512, 512)
+    settings: Inputs = {
+        "block_out_channels": channels,
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "layers_per_block": 1 if tiny else 2,
+    }
+    if up:
+        settings["up_block_types"] = ("UpDecoderBlock2D",) * len(channels)
+    return settings
+
+
+PIPELINES: dict[str, Callable[[str], PipelineCase]] = {"animatediff": animatediff, "svd": svd_xt}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_blocks import (
     DownEncoderBlock2D,
@@ -28,7 +29,7 @@ from accelrt.groups.sampling import DownsampleGroup, UpsampleGroup
 from accelrt.groups.state import channels_last
 from accelrt.groups.vae_attention import VaeAttentionGroup
 
-from .family import Family, register
+from .family import CallShape, Family, meta, register
 from .stages import Stage
 
 
@@ -134,6 +135,14 @@ class _Half(Family):
 class KLEncoder(_Half):
     """Convolution, down blocks, mid block, output."""
 
+    def example(self, model: nn.Module, shape: CallShape, dtype: torch.dtype) -> dict[str, Any]:
+        """One picture per output."""
+        encoder: Any = model
+        scale = 2 ** (len(encoder.down_blocks) - 1)
+        channels = encoder.conv_in.in_channels
+        size = (shape.outputs, channels, scale * shape.height, scale * shape.width)
+        return {"sample": meta(*size, dtype=dtype)}
+
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         """Down blocks and mid block."""
         encoder: Any = model
@@ -151,6 +160,12 @@ class KLEncoder(_Half):
 
 class KLDecoder(_Half):
     """Convolution, mid block, up blocks, output."""
+
+    def example(self, model: nn.Module, shape: CallShape, dtype: torch.dtype) -> dict[str, Any]:
+        """The latents of all frames."""
+        decoder: Any = model
+        size = (decoder.conv_in.in_channels, shape.height, shape.width)
+        return {"sample": meta(shape.outputs * shape.frames, *size, dtype=dtype)}
 
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         """Mid block and up blocks."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import (
     AutoencoderKLTemporalDecoder,
 )
@@ -36,7 +37,7 @@ from accelrt.groups.temporal_resnet import (
 from accelrt.groups.vae_attention import VaeAttentionGroup
 
 from .autoencoder_kl import KLEncoder, last_upsampler
-from .family import Family, register
+from .family import CallShape, Family, meta, register
 from .stages import Stage
 
 
@@ -151,6 +152,16 @@ class TemporalDecoder(Family):
             return "image_only_indicator has another number of frames"
         upscale = next((p.dtype for p in decoder.up_blocks.parameters()), sample.dtype)
         return "" if upscale == sample.dtype else f"the up blocks are {upscale}"
+
+    def example(self, model: nn.Module, shape: CallShape, dtype: torch.dtype) -> dict[str, Any]:
+        """The latents of all frames of all videos."""
+        decoder: Any = model
+        size = (decoder.conv_in.in_channels, shape.height, shape.width)
+        return {
+            "sample": meta(shape.outputs * shape.frames, *size, dtype=dtype),
+            "image_only_indicator": meta(shape.outputs, shape.frames, dtype=dtype),
+            "num_frames": shape.frames,
+        }
 
     def parts(
         self, model: nn.Module, inputs: dict[str, Any], config: Config

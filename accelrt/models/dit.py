@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
@@ -16,7 +17,7 @@ from accelrt.groups.dit_block import AdaLNBlockGroup
 from accelrt.groups.modulated import ModulatedOutGroup, unpatchify
 from accelrt.groups.patch_embed import PatchEmbedGroup
 
-from .family import Family, register
+from .family import CallShape, Family, meta, register, without_guidance
 from .passes import sample_passes
 from .stages import Stage
 
@@ -79,6 +80,21 @@ class DiT(Family):
             result.append(Stage(f"blocks.{i}", (group,)))
         result.append(Stage("out", (DiTOutGroup("norm_out", dit, config),)))
         return tuple(result)
+
+    def call_shape(self, model: nn.Module, inputs: dict[str, Any]) -> CallShape:
+        """From the latents ``[B, C, H, W]``."""
+        batch, _, height, width = inputs["hidden_states"].shape
+        return CallShape(batch, without_guidance(batch), 1, height, width)
+
+    def example(self, model: nn.Module, shape: CallShape, dtype: torch.dtype) -> dict[str, Any]:
+        """Latents, with timestep and class of every sample."""
+        config: Any = model.config
+        size = (shape.samples, config.in_channels, shape.height, shape.width)
+        return {
+            "hidden_states": meta(*size, dtype=dtype),
+            "timestep": meta(shape.samples, dtype=torch.int64),
+            "class_labels": meta(shape.samples, dtype=torch.int64),
+        }
 
     def finish(self, model: nn.Module, state: State) -> Tensor:
         """Put the patches of ``[B, S, patch * patch * C]`` back into an image."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from accelrt.groups.modulated import ModulatedOutGroup, unpatchify
 from accelrt.groups.patch_embed import PatchEmbedGroup
 from accelrt.groups.pixart_block import AdaLNSingleBlockGroup
 
-from .family import Family, register
+from .family import CallShape, Family, meta, register, without_guidance
 from .passes import sample_passes
 from .stages import Stage
 
@@ -131,6 +132,29 @@ class PixArt(Family):
         out = PixArtOutGroup("norm_out", pixart.norm_out, pixart.proj_out, config)
         result.append(Stage("out", (out,)))
         return tuple(result)
+
+    def call_shape(self, model: nn.Module, inputs: dict[str, Any]) -> CallShape:
+        """From the latents ``[B, C, H, W]``."""
+        batch, _, height, width = inputs["hidden_states"].shape
+        return CallShape(batch, without_guidance(batch), 1, height, width)
+
+    def example(self, model: nn.Module, shape: CallShape, dtype: torch.dtype) -> dict[str, Any]:
+        """Latents and captions with their mask; the size, if the model is told of it."""
+        config: Any = model.config
+        batch, tokens = shape.samples, shape.tokens or 300
+        size = (batch, config.in_channels, shape.height, shape.width)
+        pixart: Any = model
+        sized = pixart.use_additional_conditions
+        return {
+            "hidden_states": meta(*size, dtype=dtype),
+            "encoder_hidden_states": meta(batch, tokens, config.caption_channels, dtype=dtype),
+            "timestep": meta(batch, dtype=torch.int64),
+            "added_cond_kwargs": {
+                "resolution": meta(batch, 2, dtype=dtype) if sized else None,
+                "aspect_ratio": meta(batch, 1, dtype=dtype) if sized else None,
+            },
+            "encoder_attention_mask": meta(batch, tokens, dtype=torch.int64),
+        }
 
     def finish(self, model: nn.Module, state: State) -> Tensor:
         """Put the patches of ``[B, S, patch * patch * C]`` back into an image."""

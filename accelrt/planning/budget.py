@@ -150,6 +150,11 @@ class BudgetPlanner:
             self._planned.clear()
             self._arenas.clear()
 
+    @property
+    def arenas(self) -> tuple[Arena, ...]:
+        """Where the buffers live, one per device."""
+        return tuple(self._arenas.values())
+
     def exceeded(self) -> int:
         """Allocations that found no room in the arena: the runs that exceeded their plans."""
         return sum(arena.spills for arena in self._arenas.values())

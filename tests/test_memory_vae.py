@@ -1,0 +1,92 @@
+"""Peaks of the VAEs at full size, on meta tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import accelrt
+from accelrt.benchmarking import models
+from accelrt.benchmarking.models import ModelCase
+from accelrt.benchmarking.weights import on_meta
+from accelrt.groups.slicing import probing
+from accelrt.memory import track_peak
+
+MIB = 2**20
+BANDS: dict[str, Any] = {"bands": True, "slice_mib": 2.0}
+LEAST: dict[str, Any] = {"bands": True, "slice_mib": 1.0, "recompute": "always"}
+
+
+@pytest.fixture(autouse=True)
+def fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention counts as flash kernels run it, without a score matrix."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        batch, heads, length, dim = q.shape
+        return q.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+
+
+def peak(case: ModelCase, *, every_slice: bool = False, **settings: Any) -> float:
+    """Peak of one decode in MiB."""
+    model, inputs = on_meta(case.build, torch.bfloat16), case.inputs(torch.bfloat16, "meta")
+    accelrt.wrap(model, **settings)
+    with torch.no_grad(), track_peak() as tracker:
+        if every_slice:
+            case.run(model, inputs)
+        else:
+            with probing():
+                case.run(model, inputs)
+    return tracker.peak_bytes / MIB
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [(BANDS, 205), ({**BANDS, "slice_mib": 4.0}, 205), (LEAST, 110)],
+    ids=["bands", "longer-bands", "recompute"],
+)
+def test_image_vae(settings: dict[str, Any], most: float) -> None:
+    """An image of 512 x 512: the output of a block is 64 MiB, its enlarged input 128."""
+    assert peak(models.vae(1, 64), **settings) <= most
+
+
+def test_image_vae_takes_the_images_one_after_the_other() -> None:
+    one, many = (peak(models.vae(images, 64), **LEAST) for images in (1, 16))
+    output = 16 * 3 * 512 * 512 * 2 / MIB
+    assert many <= one + output
+
+
+@pytest.mark.parametrize(
+    ("frames", "settings", "most"),
+    [
+        (14, {"slice_mib": 8.0}, 4100),
+        (14, {**BANDS, "slice_mib": 8.0}, 4100),
+        (14, LEAST, 2500),
+        (25, LEAST, 4200),
+    ],
+    ids=["14", "14-bands", "14-recompute", "25-recompute"],
+)
+def test_video_vae(frames: int, settings: dict[str, Any], most: float) -> None:
+    """Frames of 576 x 1024: 144 MiB each in the last block."""
+    assert peak(models.svd_vae(frames, 72, 128), **settings) <= most
+
+
+@pytest.mark.parametrize("settings", [BANDS, LEAST], ids=["bands", "recompute"])
+@pytest.mark.parametrize(
+    "case", [models.vae(1, 36), models.svd_vae(5, 9, 16)], ids=["image", "video"]
+)
+def test_a_probe_sees_the_peak_of_all_slices(case: ModelCase, settings: dict[str, Any]) -> None:
+    assert peak(case, **settings) == peak(case, every_slice=True, **settings)
+
+
+def test_smaller_slices_are_less_memory() -> None:
+    peaks = [
+        peak(models.vae(1, 64), bands=True, slice_mib=mib, recompute="always")
+        for mib in (0.001, 0.5, 1.0, 2.0, 4.0, 16.0)
+    ]
+    assert peaks == sorted(peaks)
