@@ -69,6 +69,9 @@ class Planner(Protocol):
             BudgetError: the budget cannot be met.
         """
 
+    def done(self, forward: Forward) -> None:
+        """The call has run."""
+
     def forget(self, forward: Forward) -> None:
         """The module has changed: its plans are void."""
 
@@ -136,6 +139,11 @@ class Forward:
             f"a wrapped {type(self.module).__name__} cannot be pickled; call accelrt.unwrap first"
         )
 
+    @property
+    def is_denoiser(self) -> bool:
+        """The module is called once per step; others are called once per request."""
+        return type(self.family).call_shape is not Family.call_shape
+
     def arguments(self, **given: Any) -> dict[str, Any]:
         """All arguments of a call by name, with the defaults of those that are not given."""
         bound = self._signature.bind(self.module, **given)
@@ -182,6 +190,10 @@ class Forward:
         if self.planner is not None and not torch.compiler.is_compiling():
             cut = self.planner.cut(self, inputs)
             self._stages = cut.stages
+            try:
+                return run(module, self, cut, **inputs)
+            finally:
+                self.planner.done(self)
         return run(module, self, cut, **inputs)
 
     def _declines(self, module: nn.Module, inputs: dict[str, Any]) -> str:

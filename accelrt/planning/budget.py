@@ -134,6 +134,16 @@ class BudgetPlanner:
                 self._tell(arena)
             return planned.cut
 
+    def done(self, forward: Forward) -> None:
+        """Give the slab back after a VAE: pictures are made next, by nobody's plan.
+
+        A denoiser's slab stays for its next step.
+        """
+        if not forward.is_denoiser:
+            with self._lock:
+                for arena in self._arenas.values():
+                    arena.release()
+
     def forget(self, forward: Forward) -> None:
         """The module has changed: plan its calls anew."""
         with self._lock:

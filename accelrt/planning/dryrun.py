@@ -28,6 +28,7 @@ class GroupRun:
         peak_bytes: live at its worst.
         own_bytes: live at its worst, apart from the buffers of the arena.
         entry_own_bytes: those when it began.
+        arena_bytes: live in the arena at its worst.
         seconds: the estimate of its time, all passes together.
     """
 
@@ -37,12 +38,22 @@ class GroupRun:
     peak_bytes: int = 0
     own_bytes: int = 0
     entry_own_bytes: int = 0
+    arena_bytes: int = 0
     seconds: float = 0.0
 
     @property
     def scratch_bytes(self) -> int:
         """What the group makes and frees outside of the arena."""
         return self.own_bytes - self.entry_own_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """What lives beyond a slice, in the arena or found alive.
+
+        Small tensors are made whole, outside of the arena; whether they are depends on
+        the option, how much is alive between groups does not.
+        """
+        return max(self.arena_bytes, self.entry_bytes)
 
 
 @dataclass
@@ -178,6 +189,8 @@ class _Recorder(PeakTracker):  # type: ignore[no-untyped-call]
     def _note(self, run: GroupRun) -> None:
         run.peak_bytes = max(run.peak_bytes, self.live_bytes)
         run.own_bytes = max(run.own_bytes, self._own())
+        if self.arena is not None:
+            run.arena_bytes = max(run.arena_bytes, self.arena.recording.live_bytes)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

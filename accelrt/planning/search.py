@@ -152,18 +152,20 @@ def smallest(model: Model, batch: int) -> int:
     """The least memory in bytes that any cut needs, by the rule of :func:`search`."""
     setting = settings(model.base, batch)[-1]
     runs = [model.run(setting, option) for option in _tightest(model.base)]
-    scratch = max(min(run.groups[name].scratch_bytes for run in runs) for name in runs[0].groups)
-    return min(map(kept_bytes, runs)) + scratch
+    totals = []
+    for kept in set(map(kept_bytes, runs)):
+        scratch = 0
+        for name in runs[0].groups:
+            own = [run.groups[name] for run in runs if run.groups[name].kept_bytes <= kept]
+            scratch = max(scratch, min((g.scratch_bytes for g in own), default=kept))
+        totals.append(kept + scratch)
+    return min(totals)
 
 
 def kept_bytes(run: DryRun) -> int:
-    """What lives beyond a slice: the arena's slab, or what groups find alive.
-
-    Small tensors are made whole, outside of the arena; whether they are depends on the
-    option, how much is alive between groups does not.
-    """
+    """What lives beyond a slice, at its worst."""
     slab = 0 if run.offsets is None else run.offsets.slab_bytes
-    return max([slab, *(group.entry_bytes for group in run.groups.values())])
+    return max([slab, *(group.kept_bytes for group in run.groups.values())])
 
 
 def _tightest(base: Config) -> list[Option]:
@@ -189,47 +191,52 @@ def search(model: Model, batch: int, limit: int) -> Found | None:
 
 
 def _within(model: Model, setting: Setting, limit: int) -> Found | None:
-    """For every group, the fastest option that fits; ``None`` if one has none."""
+    """For every group, the fastest option that fits; ``None`` if one has none.
+
+    What is kept and what is scratch share the limit, and an option that keeps less may
+    need more scratch: every division that one of the options suggests is tried.
+    """
     fastest = model.run(setting, FASTEST)
     if any(group.entry_bytes > limit for group in fastest.groups.values()):
         return None  # what a group finds alive is there whatever its own option is
-    found = _Choices(set(fastest.groups))
-    found.choose(fastest, FASTEST, limit - kept_bytes(fastest))
-    if found.waiting:
-        tight = [model.run(setting, option) for option in _tightest(model.base)[1:]]
-        # A group may need less of the arena when it is cut finer.
-        room = limit - min(map(kept_bytes, [fastest, *tight]))
-        found.choose(fastest, FASTEST, room)
-        for name in found.waiting:
-            if all(run.groups[name].scratch_bytes > room for run in tight):
-                return None
-        for option in options(model.base)[1:]:
-            if found.waiting:
-                found.choose(model.run(setting, option), option, room)
-    if found.waiting:
+    best = _divided(model, setting, limit, kept_bytes(fastest))
+    if best is not None:
+        return best
+    tight = [model.run(setting, option) for option in _tightest(model.base)[1:]]
+    for kept in sorted(set(map(kept_bytes, tight)) - {kept_bytes(fastest)}):
+        found = _divided(model, setting, limit, kept)
+        if found is not None and (best is None or found.seconds < best.seconds):
+            best = found
+    return best
+
+
+def _divided(model: Model, setting: Setting, limit: int, kept: int) -> Found | None:
+    """The best with ``kept`` bytes for what lives beyond a slice, the rest for scratch."""
+    if kept > limit:
         return None
-    return Found(setting, found.chosen, sum(found.seconds.values()))
+    first = model.run(setting, FASTEST)
+    waiting = set(first.groups)
+    chosen: dict[str, Option] = {}
+    seconds = 0.0
 
+    def fits(option: Option, name: str) -> bool:
+        group = model.run(setting, option).groups[name]
+        return group.kept_bytes <= kept and kept + group.scratch_bytes <= limit
 
-class _Choices:
-    """Options of the groups, as far as they are known.
-
-    Args:
-        waiting: names of groups without one.
-    """
-
-    def __init__(self, waiting: set[str]) -> None:
-        self.waiting = waiting
-        self.chosen: dict[str, Option] = {}
-        self.seconds: dict[str, float] = {}
-
-    def choose(self, run: DryRun, option: Option, room: int) -> None:
-        """Give ``option`` to the groups whose scratch is no more than ``room``."""
-        for name in list(self.waiting):
-            group = run.groups[name]
-            if group.scratch_bytes <= room:
-                self.chosen[name], self.seconds[name] = option, group.seconds
-                self.waiting.discard(name)
+    tight = _tightest(model.base)
+    for option in options(model.base):
+        for name in sorted(waiting):
+            if fits(option, name):
+                chosen[name] = option
+                seconds += model.run(setting, option).groups[name].seconds
+        waiting.difference_update(chosen)
+        if not waiting:
+            return Found(setting, chosen, seconds)
+        if option == FASTEST:
+            hopeless = (n for n in waiting if not any(fits(o, n) for o in tight))
+            if next(hopeless, None) is not None:
+                return None
+    return None
 
 
 def finish(model: Model, found: Found, path: str, limit: int) -> ComponentPlan:
