@@ -24,7 +24,7 @@ from .pipelines import PIPELINES, PipelineCase
 from .process import ProcessWatch, release_memory
 from .weights import on_meta, random_model
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def measure_here(name: str, size: str, dtype: str, budget: str, seed: int) -> Wh
         RuntimeError: the system does not tell the peak of a process.
     """
     case = PIPELINES[name](size)
-    kind = _DTYPES[dtype]
+    kind = DTYPES[dtype]
     _warm(name, kind)
     release_memory()
     with ProcessWatch() as watch, torch.no_grad():

@@ -11,6 +11,7 @@ from accelrt.cli.bench import bench
 from accelrt.cli.demo import demo
 from accelrt.cli.doctor import doctor
 from accelrt.cli.errors import set_debug
+from accelrt.cli.plan import plan
 
 EPILOG = (
     "Exit codes: 0 done; 1 the finding is negative (`doctor`: not usable here; `demo`: an "
@@ -56,6 +57,7 @@ app.command(
     epilog="Exit codes: 0 done; 1 a wrapped model's error is above the rule's bound; "
     "2 wrong arguments or an unsupported model."
 )(bench)
+app.command(epilog="Exit codes: 0 done; 2 a budget that cannot be met, or wrong arguments.")(plan)
 
 
 def main() -> None:

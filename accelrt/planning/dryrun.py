@@ -17,6 +17,9 @@ from accelrt.memory.tracker import PeakTracker
 
 from .cost import Machine, attention_seconds, seconds_of
 
+#: How finely the memory of a model without groups is drawn.
+OPERATORS_PER_POINT = 8
+
 
 @dataclass
 class GroupRun:
@@ -161,6 +164,7 @@ class _Recorder(PeakTracker):  # type: ignore[no-untyped-call]
         self.seconds = 0.0
         self.own_peak = 0
         self.profile: list[tuple[str, int]] = []
+        self._points = 0
         self._current: GroupRun | None = None
         self._began = 0.0
 
@@ -203,12 +207,17 @@ class _Recorder(PeakTracker):  # type: ignore[no-untyped-call]
             self.own_peak = max(self.own_peak, self._own())
             if self._current is not None:
                 self._note(self._current)
-        label = "" if self._current is None else self._current.name
-        if not self.profile or self.profile[-1][0] != label:
-            self.profile.append((label, self.live_bytes))
-        elif self.live_bytes > self.profile[-1][1]:
-            self.profile[-1] = (label, self.live_bytes)
+        self._draw("" if self._current is None else self._current.name)
         return result
+
+    def _draw(self, label: str) -> None:
+        """The worst of a group is one point; of a model without groups, of some operators."""
+        self._points += 1
+        same = self.profile and self.profile[-1][0] == label
+        if same and (label or self._points % OPERATORS_PER_POINT):
+            self.profile[-1] = (label, max(self.live_bytes, self.profile[-1][1]))
+        else:
+            self.profile.append((label, self.live_bytes))
 
 
 def dry_run(

@@ -64,7 +64,7 @@ def plan_parts(
         total += resident if device.type != "meta" else 0
     limit = None if spec == MIN else (total or 0) - resident - reserve
     planned: list[ComponentPlan] = []
-    stock_bytes: dict[str, int] = {}
+    stocks: dict[str, tuple[tuple[str, int], ...]] = {}
     worst: BudgetError | None = None
     for module, path, family in parts:
         if path.endswith("encoder") and not takes_image:
@@ -75,7 +75,7 @@ def plan_parts(
         clone = _double(module, family, config, path)
         inputs = clone.arguments(**example)
         if stock:
-            stock_bytes[path] = _stock_peak(clone, inputs, rates)
+            stocks[path] = _stock(clone, inputs, rates)
         try:
             plan, _, _ = plan_component(
                 clone, inputs, config, rates, target, limit, resident + reserve
@@ -92,7 +92,7 @@ def plan_parts(
         resident_bytes=resident,
         reserve_bytes=reserve,
         components=tuple(planned),
-        stock_bytes=stock_bytes,
+        stock=stocks,
     )
 
 
@@ -105,10 +105,11 @@ def _double(module: nn.Module, family: Family, config: Config, path: str) -> For
     return forward
 
 
-def _stock_peak(clone: Forward, inputs: dict[str, Any], rates: Machine) -> int:
+def _stock(clone: Forward, inputs: dict[str, Any], rates: Machine) -> tuple[tuple[str, int], ...]:
+    """Live bytes of the stock model over time."""
     module = clone.module
     run = type(module).forward.__get__(module)
-    return dry_run(run, inputs, rates).peak_bytes
+    return tuple(dry_run(run, inputs, rates).timeline)
 
 
 def _placement(parts: list[Part]) -> tuple[torch.device, torch.dtype]:
@@ -180,4 +181,7 @@ def takes_image(target: Any) -> bool:
     """The pipeline starts from a picture, or the target is no pipeline."""
     if isinstance(target, nn.Module):
         return True
+    known = getattr(target, "takes_image", None)
+    if isinstance(known, bool):
+        return known
     return "image" in inspect.signature(type(target).__call__).parameters

@@ -92,7 +92,8 @@ class Plan:
         reserve_bytes: for what the library needs inside of its operators, and for the
             latents, embeddings and pictures between the models.
         components: the models that run, one after the other.
-        stock_bytes: peaks of the stock models by component, where they were looked at.
+        stock: of the stock models by component, where they were looked at: live bytes over
+            time, as :attr:`ComponentPlan.timeline`.
     """
 
     budget_bytes: int | None
@@ -100,7 +101,7 @@ class Plan:
     resident_bytes: int
     reserve_bytes: int
     components: tuple[ComponentPlan, ...]
-    stock_bytes: dict[str, int]
+    stock: dict[str, tuple[tuple[str, int], ...]]
 
     @property
     def peak_bytes(self) -> int:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from accelrt.memory.sizes import bytes_text
 
 from .plan import ComponentPlan, GroupPlan, Plan
 
-Timeline = Sequence[tuple[str, int]]
-
 
 def summary_rows(plan: Plan) -> list[tuple[str, ...]]:
     """One row per model, under :data:`COLUMNS`."""
     rows: list[tuple[str, ...]] = []
     for part in plan.components:
-        stock = plan.stock_bytes.get(part.path)
+        stock = plan.stock.get(part.path)
         rows.append(
             (
                 part.path or "model",
-                "" if stock is None else bytes_text(stock),
+                "" if stock is None else bytes_text(max(size for _, size in stock)),
                 bytes_text(part.peak_bytes),
                 bytes_text(part.reserved_bytes),
                 f"{100 * part.fragmentation:.1f} %",
@@ -50,13 +47,19 @@ def plan_text(plan: Plan) -> str:
     rows = [COLUMNS, *summary_rows(plan)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*(line.rstrip() for line in lines), total_text(plan)])
+
+
+def total_text(plan: Plan) -> str:
+    """The peak of the call, what it is made of, and what binds."""
     total = f"peak {bytes_text(plan.peak_bytes)}"
     if plan.budget_bytes is not None:
         total += f" of {bytes_text(plan.budget_bytes)}"
-    total += (
-        f": weights {bytes_text(plan.resident_bytes)}, workspace {bytes_text(plan.reserve_bytes)}"
-    )
-    return "\n".join([*(line.rstrip() for line in lines), total + f"; {plan.binding} binds"])
+    beside = "weights apart"
+    if plan.resident_bytes or plan.reserve_bytes:
+        weights, workspace = map(bytes_text, (plan.resident_bytes, plan.reserve_bytes))
+        beside = f"weights {weights}, workspace {workspace}"
+    return f"{total}: {beside}; {plan.binding} binds"
 
 
 def group_rows(part: ComponentPlan) -> list[tuple[str, ...]]:
@@ -82,12 +85,11 @@ def _how(group: GroupPlan) -> str:
     return ", ".join(parts)
 
 
-def draw(plan: Plan, timelines: dict[str, Timeline], path: Path) -> None:
+def draw(plan: Plan, path: Path) -> None:
     """Write a picture of memory over time: stock against planned, one panel per model.
 
     Args:
         plan: the plan.
-        timelines: of the stock models by path; may lack some.
         path: a ``.png`` or ``.svg`` file.
 
     Raises:
@@ -101,7 +103,7 @@ def draw(plan: Plan, timelines: dict[str, Timeline], path: Path) -> None:
     count = len(plan.components)
     figure, axes = plt.subplots(count, 1, figsize=(9, 2.6 * count), squeeze=False)
     for axis, part in zip(axes[:, 0], plan.components, strict=True):
-        stock = timelines.get(part.path, ())
+        stock = plan.stock.get(part.path, ())
         if stock:
             _line(axis, [size for _, size in stock], "stock", "tab:red")
         _line(axis, [size for _, size in part.timeline], "accelrt", "tab:blue")

@@ -1,0 +1,77 @@
+"""A pipeline or model in a folder, without its weights."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from accelrt.errors import UnsupportedModelError
+
+
+def from_folder(path: Path, dtype: torch.dtype) -> Any:
+    """What :func:`accelrt.plan` takes, from the configurations alone.
+
+    Args:
+        path: a folder as ``save_pretrained`` of a pipeline or of a model writes it.
+        dtype: of the weights.
+
+    Returns:
+        A model on the meta device, or an object with the ``components`` of the pipeline.
+
+    Raises:
+        ValueError: the folder is neither, or names a class that diffusers lacks.
+    """
+    import diffusers
+
+    index, single = path / "model_index.json", path / "config.json"
+    if index.is_file():
+        values = json.loads(index.read_text(encoding="utf-8"))
+        components: dict[str, Any] = {}
+        for name, entry in values.items():
+            if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None:
+                component = _component(path / name, *entry)
+                if component is not None:
+                    components[name] = _cast(component, dtype)
+        pipeline = getattr(diffusers, values.get("_class_name", ""), None)
+        image = (
+            isinstance(pipeline, type)
+            and "image" in inspect.signature(pipeline.__call__).parameters
+        )
+        return SimpleNamespace(components=components, takes_image=image, **components)
+    if single.is_file():
+        name = json.loads(single.read_text(encoding="utf-8")).get("_class_name", "")
+        model = _component(path, "diffusers", name)
+        if model is not None:
+            return _cast(model, dtype)
+    raise UnsupportedModelError(f"{path} holds neither a pipeline nor a model of diffusers")
+
+
+def _component(path: Path, library: str, name: str) -> Any:
+    """A model on the meta device, or ``None`` for what has no weights."""
+    import diffusers
+
+    if library == "diffusers":
+        cls = getattr(diffusers, name, None)
+        if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+            return None
+        with torch.device("meta"):
+            return cls.from_config(cls.load_config(path))  # type: ignore[attr-defined]
+    if library == "transformers" and (path / "config.json").is_file():
+        import transformers
+
+        cls = getattr(transformers, name, None)
+        if isinstance(cls, type) and issubclass(cls, nn.Module):
+            config = cls.config_class.from_pretrained(path)  # type: ignore[attr-defined]
+            with torch.device("meta"):
+                return cls(config)
+    return None
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return nn.Module.to(model.eval(), device="meta", dtype=dtype)
