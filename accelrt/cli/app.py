@@ -16,7 +16,8 @@ from accelrt.cli.plan import plan
 EPILOG = (
     "Exit codes: 0 done; 1 the finding is negative (`doctor`: not usable here; `demo`: an "
     "unwrapped pipeline differs from the stock one; `bench`: an error is above the rule's "
-    "bound); 2 wrong arguments, missing files or an unsupported model; 130 interrupted."
+    "bound, or a budget was not kept); 2 wrong arguments, missing files or an unsupported "
+    "model; 130 interrupted."
 )
 
 app = typer.Typer(
@@ -54,8 +55,8 @@ app.command(
     "2 wrong arguments, missing files or an unsupported model."
 )(demo)
 app.command(
-    epilog="Exit codes: 0 done; 1 a wrapped model's error is above the rule's bound; "
-    "2 wrong arguments or an unsupported model."
+    epilog="Exit codes: 0 done; 1 a wrapped model's error is above the rule's bound, or a "
+    "budget was not kept; 2 wrong arguments or an unsupported model."
 )(bench)
 app.command(epilog="Exit codes: 0 done; 2 a budget that cannot be met, or wrong arguments.")(plan)
 

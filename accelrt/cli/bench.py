@@ -102,6 +102,18 @@ def bench(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON instead of the table.")
     ] = False,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory",
+            help="Whole pipelines (animatediff, svd) on the CPU instead, within a memory budget: "
+            "the peak of a process that loads and calls them.",
+        ),
+    ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="With --memory: 4GiB, min, ...; default: 3.5GiB, and 8.5GiB for svd."),
+    ] = None,
 ) -> None:
     """Measure published models with random weights: one forward, stock against accelrt.
 
@@ -117,6 +129,16 @@ def bench(
     from accelrt.cli.scenarios import choose_device
     from accelrt.reporting.environment import inspect_environment
 
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if memory:
+        from accelrt.cli.bench_memory import bench_memory
+
+        names = [m.value for m in dict.fromkeys(model)]
+        bench_memory(names, size.value, dtype.value, budget, seed, out, as_json)
+        return
+    if budget is not None:
+        raise ValueError("--budget goes with --memory")
     where = choose_device(device.value)
     if tuned_malloc is None:
         tuned_malloc = where == "cpu" and sys.platform == "linux"
@@ -127,8 +149,6 @@ def bench(
     environment = inspect_environment()
     if not environment.build["loaded"]:
         raise ImportError(environment.statements[0])
-    if threads is not None:
-        torch.set_num_threads(threads)
     cases = SIZES[size.value]
     names = list(cases) if Model.all in model else list(dict.fromkeys(m.value for m in model))
     for name in names:

@@ -1,10 +1,10 @@
-"""Peak live activations of the published model sizes, stock against wrapped, in seconds.
+"""Peak live activations of the published model sizes, stock against wrapped, in a minute or two.
 
-    python benchmarks/memory/full_size.py [--save]
+    python benchmarks/memory/full_size.py [--save] [CASE ...]
 
 The models run on meta tensors: every allocation of a forward is counted, nothing is
-computed, so a full-size UNet takes seconds on any machine. Weights are not counted. Attention
-counts as one fused operator without a score matrix, as the flash kernels run it.
+computed. Weights are not counted. Attention counts as one fused operator without a score
+matrix, as the flash kernels run it. With names (or parts of them), only those cases.
 """
 
 from __future__ import annotations
@@ -13,60 +13,69 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import accelrt
-from accelrt.benchmarking import models
+from accelrt.benchmarking import models, pipelines
 from accelrt.benchmarking.models import ModelCase, Run
 from accelrt.benchmarking.weights import on_meta, share
+from accelrt.benchmarking.whole_call import on_meta_pipeline
+from accelrt.config import Config
 from accelrt.memory import track_peak
+from accelrt.planning.dryrun import MetaKernels
 
 DTYPE = torch.bfloat16
-FLAGS = "stock, its switches"
-SMALL: dict[str, Any] = {
-    "frames_per_slice": 1,
-    "pixels_per_slice": 64,
-    "ff_rows": 64,
-    "samples_per_slice": 1,
+TARGET = Path(__file__).resolve().parent.parent / "results" / "memory-full-size.json"
+
+# Case, sides of the pictures, frames.
+CASES: dict[str, tuple[Callable[[], ModelCase], int, int, int]] = {
+    "AnimateDiff UNet, 16 frames 512x512": (lambda: models.animatediff(16, 64, 64), 512, 512, 16),
+    "AnimateDiff UNet, 16 frames 576x1024": (
+        lambda: models.animatediff(16, 72, 128), 576, 1024, 16,
+    ),
+    "SVD UNet, 14 frames 576x1024": (lambda: models.svd(14, 72, 128), 576, 1024, 14),
+    "SVD-XT UNet, 25 frames 576x1024": (lambda: models.svd(25, 72, 128), 576, 1024, 25),
+    "Stable Diffusion 1.5 UNet 512x512": (lambda: models.unet2d(64), 512, 512, 1),
+    "DiT-XL/2 256x256": (lambda: models.dit(32), 256, 256, 1),
+    "DiT-XL/2 512x512": (lambda: models.dit(64), 512, 512, 1),
+    "PixArt-XL/2 512x512": (lambda: models.pixart(64, 120), 512, 512, 1),
+    "PixArt-XL/2 1024x1024": (lambda: models.pixart(128, 300), 1024, 1024, 1),
+    "SD VAE decode, 16 frames 512x512": (lambda: models.vae(16, 64), 512, 512, 16),
+    "SD VAE decode, 16 frames 576x1024": (lambda: _vae_576(), 576, 1024, 16),
+    "SVD VAE decode, 14 frames 576x1024": (lambda: models.svd_vae(14, 72, 128), 576, 1024, 14),
+    "SVD-XT VAE decode, 25 frames 576x1024": (lambda: models.svd_vae(25, 72, 128), 576, 1024, 25),
+}  # fmt: skip
+
+COLUMNS = {
+    "stock": "stock",
+    "switches": "stock, its switches",
+    "default": "accelrt",
+    "kept": "smallest, nothing computed twice",
+    "min": "smallest",
 }
-SETTINGS: dict[str, dict[str, Any]] = {
-    "8 MiB slices": {"slice_mib": 8.0},
-    "smallest slices": SMALL,
-}
 
 
-def _fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
-    batch, heads, length, dim = q.shape
-    out = torch.empty(batch, length, heads, dim, dtype=q.dtype, device=q.device)
-    return out.transpose(1, 2)
-
-
-CASES: dict[str, Callable[[], ModelCase]] = {
-    "AnimateDiff UNet, 16 frames 512x512": lambda: models.animatediff(16, 64, 64),
-    "AnimateDiff UNet, 16 frames 576x1024": lambda: models.animatediff(16, 72, 128),
-    "SVD UNet, 14 frames 576x1024": lambda: models.svd(14, 72, 128),
-    "Stable Diffusion 1.5 UNet 512x512": lambda: models.unet2d(64),
-    "DiT-XL/2 256x256": lambda: models.dit(32),
-    "DiT-XL/2 512x512": lambda: models.dit(64),
-    "PixArt-XL/2 512x512": lambda: models.pixart(64, 120),
-    "PixArt-XL/2 1024x1024": lambda: models.pixart(128, 300),
-    "SD VAE decode, 16 frames 512x512": lambda: models.vae(16, 64),
-    "SVD VAE decode, 14 frames 576x1024": lambda: models.svd_vae(14, 72, 128),
-}
+def _vae_576() -> ModelCase:
+    wide = models.vae(16, 64)
+    z = torch.zeros(16, 4, 72, 128)
+    return ModelCase(
+        wide.name, wide.title, "16 images 576x1024", wide.build, lambda: {"z": z}, wide.run,
+        wide.switches,
+    )  # fmt: skip
 
 
 @torch.no_grad()
 def measure(run: Run, model: Any, inputs: dict[str, Any]) -> float:
     """Peak MiB of live activations."""
-    with track_peak() as tracker:
+    with MetaKernels(), track_peak() as tracker:
         run(model, inputs)
     return tracker.peak_bytes / 2**20
 
 
-def measure_with_switches(case: ModelCase, model: Any, inputs: dict[str, Any]) -> float | None:
+def with_switches(case: ModelCase, model: Any, inputs: dict[str, Any]) -> float | None:
     """Smallest peak of the stock model with its own exact switches on; None if it has none."""
     peaks = []
     for switches in case.switches:
@@ -77,35 +86,65 @@ def measure_with_switches(case: ModelCase, model: Any, inputs: dict[str, Any]) -
     return min(peaks, default=None)
 
 
+def split_inference(height: int, width: int) -> float:
+    """AnimateDiff with FreeNoise's split inference of 1 and 1, its guidance halves in turn."""
+    pipe = on_meta_pipeline(pipelines.animatediff(), DTYPE)
+    pipe.motion_adapter = SimpleNamespace(config=SimpleNamespace(motion_max_seq_length=32))
+    pipe.enable_free_noise(context_length=16)
+    pipe.enable_free_noise_split_inference(spatial_split_size=1, temporal_split_size=1)
+    case = models.animatediff(16, height // 8, width // 8)
+    whole = case.inputs(DTYPE, "meta")
+    half = {
+        name: value[: value.shape[0] // 2] if value.dim() else value
+        for name, value in whole.items()
+    }
+    return measure(case.run, pipe.unet, half)
+
+
+def smallest(model: Any, size: tuple[int, int, int], recompute: str) -> float:
+    """Live MiB of the smallest plan: of the denoiser, or of the decoder."""
+    height, width, frames = size
+    plan = accelrt.plan(
+        model, height=height, width=width, num_frames=frames, memory_budget="min",
+        config=Config(recompute=recompute),
+    )  # fmt: skip
+    parts = [part for part in plan.components if not part.path.endswith("encoder")]
+    return parts[0].peak_bytes / 2**20
+
+
+def row_of(name: str) -> dict[str, Any]:
+    """All columns of one case."""
+    make, *size = CASES[name]
+    case = make()
+    model, inputs = on_meta(case.build, DTYPE), case.inputs(DTYPE, "meta")
+    row: dict[str, Any] = {"case": name, "stock": measure(case.run, model, inputs)}
+    # Chunked over pixels, the temporal blocks of SVD take many minutes, even on meta tensors.
+    row["switches"] = None if "SVD" in name else with_switches(case, model, inputs)
+    if "AnimateDiff" in name:
+        row["switches"] = min(row["switches"], split_inference(size[0], size[1]))
+    accelrt.wrap(model, slice_mib=8.0)
+    row["default"] = measure(case.run, model, inputs)
+    accelrt.unwrap(model)
+    row["kept"] = smallest(model, (size[0], size[1], size[2]), "never")
+    row["min"] = smallest(model, (size[0], size[1], size[2]), "allow")
+    return row
+
+
 def main() -> None:
     """Print the table; with --save, write benchmarks/results/memory-full-size.json."""
-    F.scaled_dot_product_attention = _fused_attention
+    wanted = [word for word in sys.argv[1:] if not word.startswith("-")]
     rows = []
-
-    def cell(value: float | None) -> str:
-        return "" if value is None else f"{value:.1f}"
-
-    for name, make in CASES.items():
-        case = make()
-        model, inputs = on_meta(case.build, DTYPE), case.inputs(DTYPE, "meta")
-        row: dict[str, Any] = {"case": name, "stock": measure(case.run, model, inputs)}
-        row[FLAGS] = measure_with_switches(case, model, inputs)
-        for title, settings in SETTINGS.items():
-            accelrt.wrap(model, **settings)
-            row[title] = measure(case.run, model, inputs)
-            accelrt.unwrap(model)
+    print("| MiB, bf16, weights apart | " + " | ".join(COLUMNS.values()) + " |")
+    print("|---" * (len(COLUMNS) + 1) + "|")
+    for name in CASES:
+        if wanted and not any(word in name for word in wanted):
+            continue
+        row = row_of(name)
         rows.append(row)
-        print(row, file=sys.stderr)
-    head = ["stock", FLAGS, *SETTINGS]
-    print(
-        "| MiB, bf16, weights apart | " + " | ".join(head) + " |\n|---" + "|---" * len(head) + "|"
-    )
-    for row in rows:
-        print(f"| {row['case']} | " + " | ".join(cell(row[c]) for c in head) + " |")
-    if "--save" in sys.argv:
-        target = Path(__file__).resolve().parent.parent / "results" / "memory-full-size.json"
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps(rows, indent=1) + "\n")
+        cells = ("" if row[c] is None else f"{row[c]:.1f}" for c in COLUMNS)
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+        if "--save" in sys.argv:  # after each: a long run may be interrupted
+            TARGET.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""``accelrt bench --memory``: whole calls of published pipelines within a budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from accelrt.cli.errors import EXIT_NEGATIVE
+
+COLUMNS = ("pipeline", "budget", "planned", "process", "weights", "seconds", "kept")
+
+
+def bench_memory(
+    names: list[str],
+    size: str,
+    dtype: str,
+    budget: str | None,
+    seed: int,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Run each pipeline once in a process of its own, with one denoising step.
+
+    Args:
+        names: of pipelines; those of models that are no pipelines are refused.
+        size: ``"full"`` or ``"tiny"``.
+        dtype: of weights and activations.
+        budget: for all of them; ``None`` for the published one of each.
+        seed: of the weights.
+        out: a JSON file, or a folder for ``memory-whole-calls.json``.
+        as_json: print JSON in place of the table.
+
+    Raises:
+        ValueError: for a model that is no pipeline, or a budget that cannot be met.
+    """
+    from accelrt.benchmarking.pipelines import PIPELINES
+    from accelrt.benchmarking.whole_call import measure_apart
+    from accelrt.reporting.environment import inspect_environment
+
+    chosen = list(PIPELINES) if "all" in names else names
+    unknown = [name for name in chosen if name not in PIPELINES]
+    if unknown:
+        raise ValueError(f"--memory goes with --model {', '.join(PIPELINES)}; got {unknown[0]}")
+    target = out / "memory-whole-calls.json" if out is not None and out.is_dir() else out
+    environment = inspect_environment().to_dict()
+    results: list[dict[str, Any]] = []
+    console = Console(stderr=True)
+    for name in chosen:
+        asked = budget or PIPELINES[name](size).budget
+        with console.status(f"{name}: a whole call within {asked}"):
+            results.append(measure_apart(name, size, dtype, asked, seed))
+        if target is not None:  # after each: a long run may be interrupted
+            document = {"environment": environment, "size": size, "calls": results}
+            target.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(results, indent=1))
+    else:
+        _show(results, size, Console())
+    if not all(result["kept"] for result in results):
+        raise typer.Exit(EXIT_NEGATIVE)
+
+
+def _show(results: list[dict[str, Any]], size: str, console: Console) -> None:
+    from accelrt.benchmarking.pipelines import PIPELINES
+    from accelrt.memory.sizes import bytes_text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(COLUMNS):
+        table.add_column(column, justify="right" if i else "left")
+    for result in results:
+        case = PIPELINES[result["name"]](size)
+        budget = result["budget_bytes"]
+        table.add_row(
+            f"{case.title}, {case.frames} frames {case.height}x{case.width}",
+            "min" if budget is None else bytes_text(budget),
+            bytes_text(result["planned_bytes"]),
+            bytes_text(result["process_bytes"]),
+            bytes_text(result["weight_bytes"]),
+            f"{result['seconds']:.3g}",
+            "yes" if result["kept"] else "NO",
+        )
+    console.print(table)
+    console.print(
+        "process: growth of the resident memory from before the weights to its peak; one "
+        "denoising step and the decode",
+        highlight=False,
+    )
