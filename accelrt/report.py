@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from accelrt.memory.sizes import bytes_text
+
 if TYPE_CHECKING:
     from accelrt.models.forward import Forward
 
@@ -41,11 +43,15 @@ class Summary:
         rows: one per group.
         stock: components whose last call ran the stock forward, with the reason.
         unsupported: components that were not wrapped, with their classes.
+        planned: with a memory budget, reserved bytes of the last plan of each component.
+        exceeded: buffers that found no room in the arena of a plan.
     """
 
     rows: tuple[Row, ...]
     stock: dict[str, str]
     unsupported: dict[str, str]
+    planned: dict[str, int]
+    exceeded: int
 
     def counts(self) -> dict[str, int]:
         """Number of groups per status."""
@@ -55,12 +61,14 @@ class Summary:
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: ``groups`` (a list of rows), ``counts``, ``stock``, ``unsupported``."""
+        """Plain values: ``groups`` (a list of rows), ``counts``, and the attributes."""
         return {
             "groups": [asdict(row) for row in self.rows],
             "counts": self.counts(),
             "stock": dict(self.stock),
             "unsupported": dict(self.unsupported),
+            "planned": dict(self.planned),
+            "exceeded": self.exceeded,
         }
 
     def __str__(self) -> str:
@@ -77,6 +85,12 @@ class Summary:
             f"last call of {name or 'the model'} ran the stock forward: {reason}"
             for name, reason in self.stock.items()
         ]
+        lines += [
+            f"planned for {name or 'the model'}: {bytes_text(count)} of activations"
+            for name, count in self.planned.items()
+        ]
+        if self.exceeded:
+            lines.append(f"{self.exceeded} buffers found no room in the planned arena")
         if self.unsupported:
             names = (f"{name} ({cls})" for name, cls in self.unsupported.items())
             lines.append(f"not wrapped: {', '.join(names)}")
@@ -95,7 +109,14 @@ def describe(found: list[tuple[str, Forward]], unsupported: dict[str, str]) -> S
     """The summary of some named forwards, and of the components beside them."""
     rows: list[Row] = []
     stock: dict[str, str] = {}
+    planned: dict[str, int] = {}
+    exceeded: dict[int, int] = {}
     for component, forward in found:
+        if forward.planner is not None:
+            reserved, spills = forward.planner.report(forward)
+            exceeded[id(forward.planner)] = spills
+            if reserved is not None:
+                planned[component] = reserved
         for stage in forward.stages():
             for group in stage.groups:
                 status = group.status()
@@ -107,4 +128,4 @@ def describe(found: list[tuple[str, Forward]], unsupported: dict[str, str]) -> S
                 )  # fmt: skip
         if forward.stock_reason:
             stock[component] = forward.stock_reason
-    return Summary(tuple(rows), stock, unsupported)
+    return Summary(tuple(rows), stock, unsupported, planned, sum(exceeded.values()))

@@ -86,12 +86,8 @@ def _planner(target: Any, config: Config) -> BudgetPlanner | None:
     from accelrt.memory.sizes import parse_budget
     from accelrt.planning.budget import BudgetPlanner
 
-    modules = {
-        name: component
-        for name, component in _components(target).items()
-        if isinstance(component, nn.Module)
-    }
     spec = parse_budget(config.memory_budget)
+    modules = list(_modules(target).values())
     planner = BudgetPlanner(spec, config, modules, standalone=isinstance(target, nn.Module))
     planner.check_weights()
     return planner
@@ -120,7 +116,7 @@ def plan(
         num_frames: per video; by default what the model was made for, or 16.
         batch: pictures or videos.
         guidance: classifier-free guidance: two samples of each.
-        memory_budget: as in :class:`Config`; ``None`` for ``"auto"``.
+        memory_budget: as in :class:`Config`; ``None`` for that of ``config``, or ``"auto"``.
         config: slice lengths and switches; the defaults if ``None``.
 
     Returns:
@@ -141,18 +137,15 @@ def plan(
             f"{type(pipe_or_model).__name__} has no supported component; "
             f"supported models: {', '.join(supported())}"
         )
-    config = (Config() if config is None else config).override(memory_budget=memory_budget)
+    config = Config() if config is None else config
+    if memory_budget is not None:
+        config = config.override(memory_budget=memory_budget)
     shape = request_shape(
         pipe_or_model, parts, height=height, width=width, num_frames=num_frames, batch=batch,
         guidance=guidance,
     )  # fmt: skip
-    modules = {
-        name: component
-        for name, component in _components(pipe_or_model).items()
-        if isinstance(component, nn.Module)
-    }
     return plan_parts(
-        parts, modules, config, shape,
+        parts, _modules(pipe_or_model), config, shape,
         takes_image=takes_image(pipe_or_model),
         standalone=isinstance(pipe_or_model, nn.Module),
         stock=True,
@@ -215,6 +208,12 @@ def _components(target: Any) -> Mapping[str, Any]:
         return {"": target}
     components = getattr(target, "components", None)
     return components if isinstance(components, Mapping) else {}
+
+
+def _modules(target: Any) -> dict[str, nn.Module]:
+    """The components that have weights."""
+    components = _components(target).items()
+    return {name: part for name, part in components if isinstance(part, nn.Module)}
 
 
 def _parts(target: Any) -> list[Part]:

@@ -408,3 +408,29 @@ def test_settings_cover_the_command() -> None:
     assert set(DTYPES) == {"fp32", "bf16", "fp16", "fp64"}
     with pytest.raises(ValueError, match="truth is 'fp32'"):
         Settings(dtype="fp32", truth="fp32")
+
+
+@pytest.mark.skipif(not LINUX, reason="only Linux tells the peak of a process")
+def test_memory_of_a_whole_call(tmp_path: Path) -> None:
+    result = run(
+        "--memory", "--model", "animatediff", "--size", "tiny", "--budget", "64MiB",
+        "--threads", "1", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    document = json.loads((tmp_path / "memory-whole-calls.json").read_text())
+    (call,) = document["calls"]
+    assert call["kept"]
+    assert call["finite"]
+    assert call["weight_bytes"] < call["planned_bytes"] <= call["budget_bytes"] == 64 * 2**20
+    assert call["process_bytes"] > call["weight_bytes"]
+    assert {plan["path"] for plan in call["plans"]} == {"unet", "vae.decoder"}
+    assert "AnimateDiff, 3 frames 16x32" in result.output
+
+
+def test_memory_refuses_what_it_cannot_do() -> None:
+    no_pipeline = run("--memory", "--model", "dit")
+    assert no_pipeline.exit_code == 2
+    assert "--memory goes with --model animatediff, svd; got dit" in no_pipeline.output
+    alone = run("--budget", "4GiB", "--model", "dit")
+    assert alone.exit_code == 2
+    assert "--budget goes with --memory" in alone.output

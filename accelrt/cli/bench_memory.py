@@ -48,6 +48,10 @@ def bench_memory(
     if unknown:
         raise ValueError(f"--memory goes with --model {', '.join(PIPELINES)}; got {unknown[0]}")
     target = out / "memory-whole-calls.json" if out is not None and out.is_dir() else out
+    if target is not None:
+        if target.suffix != ".json":
+            raise ValueError(f"--out is {out}; allowed: a .json file, or an existing folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
     environment = inspect_environment().to_dict()
     results: list[dict[str, Any]] = []
     console = Console(stderr=True)

@@ -31,8 +31,12 @@ def plan(
         ),
     ],
     budget: Annotated[
-        str, typer.Option(help="What a call may take: 4GiB, 3.5GiB, auto, or min.")
-    ] = "auto",
+        str | None,
+        typer.Option(
+            help="What a call may take: 4GiB, 3.5GiB, auto, or min; default: that of --config, "
+            "or auto."
+        ),
+    ] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Of the pictures, in pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Of the pictures, in pixels.")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Per video.")] = None,

@@ -72,12 +72,14 @@ def mixes(block: nn.Module, items: str = "images") -> str:
 def mixes_samples(model: nn.Module) -> str:
     """Why all samples of a batch must go through a model together; empty if each goes alone.
 
-    Attention processors that are not known may look at the whole batch.
+    Attention processors that are not known may look at the whole batch, and so may hooks.
     """
     for name, module in model.named_modules():
         processor = getattr(module, "processor", None)
         if processor is not None and type(processor) not in _PER_ROW:
             return f"{name}: {type(processor).__name__} may mix samples"
+        if name and (module._forward_hooks or module._forward_pre_hooks or _is_replaced(module)):
+            return f"{name}: a hook of {type(module).__name__} may want all samples"
     return ""
 
 

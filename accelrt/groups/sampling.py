@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers.models.downsampling import Downsample2D
@@ -171,3 +172,9 @@ class UpsampleGroup(Group):
                 out = empty_images(y, images, *y.shape[1:])
             out[start : start + n] = y
         state.hidden = out
+
+
+def last_upsampler(groups: Sequence[Group]) -> UpsampleGroup | None:
+    """The upsampler that ends a stage, which the next stage may run on its own slices."""
+    last = groups[-1] if groups else None
+    return last if isinstance(last, UpsampleGroup) else None

@@ -140,6 +140,7 @@ class Arena:
     Attributes:
         device: the device, with its index on CUDA.
         busy: held by the thread whose run the schedule serves.
+        contended: runs that found it busy, and took their tensors from elsewhere.
         recording: births and deaths since :meth:`begin`; only on the meta device.
 
     Raises:
@@ -150,6 +151,7 @@ class Arena:
         device = torch.device(device)
         self.device = torch.device(device.type)
         self.busy = threading.Lock()
+        self.contended = 0
         self.recording = Recording()
         self._offsets: Sequence[int] = ()
         self._next = 0

@@ -25,7 +25,7 @@ from accelrt.groups.base import StockGroup, container_reason
 from accelrt.groups.convolution import ConvInGroup, OutGroup
 from accelrt.groups.recognise import is_plain
 from accelrt.groups.resnet import ResnetGroup
-from accelrt.groups.sampling import DownsampleGroup, UpsampleGroup
+from accelrt.groups.sampling import DownsampleGroup, UpsampleGroup, last_upsampler
 from accelrt.groups.state import channels_last
 from accelrt.groups.vae_attention import VaeAttentionGroup
 
@@ -73,12 +73,6 @@ def _block(
     for i, module in enumerate(getattr(block, "upsamplers", None) or ()):
         groups.append(UpsampleGroup(f"{name}.upsamplers.{i}", module, config))
     return Stage(name, tuple(groups))
-
-
-def last_upsampler(stage: Stage) -> UpsampleGroup | None:
-    """The upsampler that ends a stage, for the ResNet group that follows."""
-    last = stage.groups[-1] if stage.groups else None
-    return last if isinstance(last, UpsampleGroup) else None
 
 
 def _mid_block(name: str, block: Any, config: Config) -> Stage:
@@ -180,7 +174,7 @@ class KLDecoder(_Half):
             _mid_block("mid_block", decoder.mid_block, config),
         ]
         for i, block in enumerate(decoder.up_blocks):
-            before = last_upsampler(stages[-1])
+            before = last_upsampler(stages[-1].groups)
             name = f"up_blocks.{i}"
             stages.append(_block(name, block, config, UpDecoderBlock2D, before=before))
         return (*stages, self._out(decoder, config))

@@ -25,7 +25,7 @@ from accelrt.groups.base import StockGroup, container_reason
 from accelrt.groups.convolution import ConvInGroup, OutGroup
 from accelrt.groups.mixing import image_only
 from accelrt.groups.recognise import is_plain
-from accelrt.groups.sampling import UpsampleGroup
+from accelrt.groups.sampling import UpsampleGroup, last_upsampler
 from accelrt.groups.slab import FrameSlab
 from accelrt.groups.slicing import slice_length, starts
 from accelrt.groups.state import channels_last
@@ -36,7 +36,7 @@ from accelrt.groups.temporal_resnet import (
 )
 from accelrt.groups.vae_attention import VaeAttentionGroup
 
-from .autoencoder_kl import KLEncoder, last_upsampler
+from .autoencoder_kl import KLEncoder
 from .family import CallShape, Family, meta, register
 from .stages import Stage
 
@@ -203,7 +203,7 @@ class TemporalDecoder(Family):
             _mid_stage("mid_block", decoder.mid_block, config),
         ]
         for i, block in enumerate(decoder.up_blocks):
-            before = last_upsampler(stages[-1])
+            before = last_upsampler(stages[-1].groups)
             stages.append(_up_stage(f"up_blocks.{i}", block, config, before))
         out = OutGroup(
             "conv_out", decoder.conv_out, config, norm=decoder.conv_norm_out, act=decoder.conv_act

@@ -31,26 +31,35 @@ class Cut:
         config: how the call itself is cut, into passes or images.
         arena: where the buffers of the groups live, or ``None``.
         offsets: of those buffers in the arena, in the order of their making.
+        slab_bytes: that the arena needs for them.
     """
 
     stages: tuple[Stage, ...]
     config: Config
     arena: Arena | None = None
     offsets: tuple[int, ...] = ()
+    slab_bytes: int = 0
 
-    def placed(self, arena: Arena | None, offsets: tuple[int, ...] = ()) -> Cut:
+    def placed(
+        self, arena: Arena | None, offsets: tuple[int, ...] = (), slab_bytes: int = 0
+    ) -> Cut:
         """The same cut with its buffers in ``arena``."""
-        return replace(self, arena=arena, offsets=offsets)
+        return replace(self, arena=arena, offsets=offsets, slab_bytes=slab_bytes)
 
 
 @contextmanager
 def placing(cut: Cut) -> Iterator[None]:
     """Buffers of this thread's groups come from the cut's arena, unless another run has it."""
     arena = cut.arena
-    if arena is None or not arena.busy.acquire(blocking=False):
+    if arena is None:
+        yield
+        return
+    if not arena.busy.acquire(blocking=False):
+        arena.contended += 1
         yield
         return
     try:
+        arena.reserve(cut.slab_bytes)
         arena.schedule(cut.offsets)
         arena.begin()
         with activate(arena):
@@ -71,6 +80,12 @@ class Planner(Protocol):
 
     def done(self, forward: Forward) -> None:
         """The call has run."""
+
+    def skipped(self, forward: Forward, reason: str) -> None:
+        """A call runs without a plan."""
+
+    def report(self, forward: Forward) -> tuple[int | None, int]:
+        """Reserved bytes of the last plan, if there was a call; and all buffers without room."""
 
     def forget(self, forward: Forward) -> None:
         """The module has changed: its plans are void."""
@@ -101,7 +116,6 @@ class Forward:
         self.observer: Observer | None = None
         self.stock_reason = ""
         self.replaced: Any = None
-        self.keeps_alive: Any = None
         self._structure: tuple[Any, ...] | None = None
         self._stages: tuple[Stage, ...] = ()
         self.planner: Planner | None = None
@@ -132,6 +146,8 @@ class Forward:
         copied = memo.get(id(self.module))
         if copied is None:
             raise RuntimeError("copy the wrapped module, not its forward")
+        if self.planner is not None:
+            self.planner.skipped(self, "a copy has none; unwrap it and wrap it again")
         return Forward(copied, self.family, self.config, self.path)
 
     def __reduce__(self) -> Any:
@@ -184,6 +200,8 @@ class Forward:
         self._refresh()
         self.stock_reason = self._declines(module, inputs)
         if self.stock_reason:
+            if self.planner is not None:
+                self.planner.skipped(self, self.stock_reason)
             return stock(module, *args, **kwargs)
         run = _run if self.family.lora_scale_kwargs is None else _scaled(self.family)
         cut = Cut(self._stages, self.config)

@@ -15,7 +15,7 @@ from accelrt.groups.convolution import ConvInGroup, OutGroup
 from accelrt.groups.independence import mixes_samples
 from accelrt.groups.recognise import is_plain
 from accelrt.groups.resnet import ResnetGroup
-from accelrt.groups.sampling import DownsampleGroup, UpsampleGroup
+from accelrt.groups.sampling import DownsampleGroup, UpsampleGroup, last_upsampler
 
 from .family import Family
 from .passes import split_inputs
@@ -33,7 +33,11 @@ Layer = Callable[[str, nn.Module, Config], Group]
 
 
 def unet_passes(
-    model: nn.Module, inputs: dict[str, Any], config: Config, frames: int
+    model: nn.Module,
+    inputs: dict[str, Any],
+    config: Config,
+    frames: int,
+    known: tuple[type, ...],
 ) -> list[dict[str, Any]]:
     """The calls of ``config.samples_per_pass`` samples that a UNet's call is cut into.
 
@@ -45,18 +49,17 @@ def unet_passes(
         inputs: its arguments by name.
         config: of the call.
         frames: per sample.
+        known: classes of its blocks that treat every sample alone.
     """
     samples, batch = config.samples_per_pass, inputs["sample"].shape[0]
     if samples is None or samples >= batch or mixes_samples(model):
         return [inputs]
+    unet: Any = model
+    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    if any(block is not None and type(block) not in known for block in blocks):
+        return [inputs]
     parts = split_inputs(inputs, batch, samples, frames=frames)
     return [inputs] if isinstance(parts, str) else parts
-
-
-def last_upsampler(stage: Stage) -> UpsampleGroup | None:
-    """The upsampler that ends a stage, which the next stage may run on its own slices."""
-    last = stage.groups[-1] if stage.groups else None
-    return last if isinstance(last, UpsampleGroup) else None
 
 
 class UNet(Family):
@@ -94,7 +97,8 @@ class UNet(Family):
         self, model: nn.Module, inputs: dict[str, Any], config: Config
     ) -> list[dict[str, Any]]:
         """``samples_per_pass`` at a time, where samples do not look at each other."""
-        return unet_passes(model, inputs, config, self.frames_of(inputs))
+        known = (*self.down_classes, *self.mid_classes, *self.up_classes)
+        return unet_passes(model, inputs, config, self.frames_of(inputs), known)
 
     def frames_of(self, inputs: dict[str, Any]) -> int:
         """Frames per sample."""
@@ -128,7 +132,7 @@ class UNet(Family):
         for i, block in enumerate(unet.up_blocks):
             final = i == len(unet.up_blocks) - 1
             stage = self._up(f"up_blocks.{i}", block, config, final, before)
-            before = last_upsampler(stage)
+            before = last_upsampler(stage.groups)
             stages.append(stage)
         norm = unet.conv_norm_out or None
         act = unet.conv_act if norm is not None else None

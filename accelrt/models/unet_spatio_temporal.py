@@ -25,13 +25,13 @@ from accelrt.groups import Context, Group, State
 from accelrt.groups.base import StockGroup, container_reason
 from accelrt.groups.convolution import ConvInGroup, OutGroup
 from accelrt.groups.recognise import is_plain
-from accelrt.groups.sampling import DownsampleGroup, UpsampleGroup
+from accelrt.groups.sampling import DownsampleGroup, UpsampleGroup, last_upsampler
 from accelrt.groups.spatio_temporal import SpatioTemporalTransformerGroup
 from accelrt.groups.temporal_resnet import resnet_containers, spatio_temporal_resnet
 
 from .family import CallShape, Family, meta, register, without_guidance
 from .stages import Stage
-from .unet import last_upsampler, unet_passes
+from .unet import unet_passes
 from .unet_parts import PushGroup, StockDownGroup, StockMidGroup, StockUpGroup
 
 _DOWN = (DownBlockSpatioTemporal, CrossAttnDownBlockSpatioTemporal)
@@ -189,7 +189,8 @@ class UNetSpatioTemporal(Family):
         self, model: nn.Module, inputs: dict[str, Any], config: Config
     ) -> list[dict[str, Any]]:
         """``samples_per_pass`` at a time, where samples do not look at each other."""
-        return unet_passes(model, inputs, config, inputs["sample"].shape[1])
+        frames = inputs["sample"].shape[1]
+        return unet_passes(model, inputs, config, frames, (*_DOWN, *_MID, *_UP))
 
     def begin(self, model: nn.Module, inputs: dict[str, Any]) -> State:
         """Frames, and whether upsamplers must aim at the sizes of the skips."""
@@ -223,7 +224,7 @@ class UNetSpatioTemporal(Family):
         for i, block in enumerate(unet.up_blocks):
             final = i == len(unet.up_blocks) - 1
             stage = _up_stage(f"up_blocks.{i}", block, config, final, before)
-            before = last_upsampler(stage)
+            before = last_upsampler(stage.groups)
             stages.append(stage)
         out = OutGroup(
             "conv_out", unet.conv_out, config, norm=unet.conv_norm_out, act=unet.conv_act

@@ -5,51 +5,32 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from accelrt.config import Config
 from accelrt.errors import BudgetError
 from accelrt.memory.arena import Arena
 from accelrt.memory.sizes import AUTO, MIN, bytes_text
-from accelrt.memory.tracker import storage_bytes, weight_bytes
+from accelrt.memory.tracker import storage_bytes
+from accelrt.models.forward import Cut, Forward
 
-from .clone import inputs_on_meta, meta_clone
+from .clone import Double, double_of, fingerprint, inputs_on_meta
+from .component import plan_component
 from .cost import machine
 from .plan import ComponentPlan
-
-if TYPE_CHECKING:
-    from accelrt.config import Config
-    from accelrt.models.forward import Cut, Forward
+from .resident import free_bytes, resident_bytes, workspace_bytes
+from .search import Found, Model
 
 #: Share of the free memory that "auto" leaves free.
 AUTO_MARGIN = 0.1
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that new tensors on ``device`` can take."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + held)
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-def workspace_bytes(model: nn.Module, device: torch.device) -> int:
-    """What the library takes inside of its operators beside their outputs.
-
-    On the CPU oneDNN holds the weights of the running convolution or product a second
-    time, in its own order.
-    """
-    if device.type == "cuda":
-        return 0  # in the device's own pools, which torch reserves once
-    largest = max((p.numel() * p.element_size() for p in model.parameters()), default=0)
-    return largest
+#: Sizes of calls whose plans are kept.
+KEPT_PLANS = 32
 
 
 @dataclass
@@ -65,29 +46,29 @@ class BudgetPlanner:
 
     The budget of a pipeline is for the whole call: the weights of all components, the
     activations of the one that runs, and what the library needs. That of a single model
-    is for what its forward allocates.
+    is for what its forward allocates. It is for one call at a time: a call that finds
+    another running takes its buffers from outside of the arena, and is counted.
 
     Args:
-        spec: what :func:`parse_budget` returned.
+        spec: what :func:`accelrt.memory.sizes.parse_budget` returned.
         config: what the user configured.
-        modules: all modules of the pipeline, wrapped or not, by component name.
+        modules: all modules of the pipeline, wrapped or not.
         standalone: a single model, whose weights are not counted.
     """
 
     def __init__(
-        self, spec: int | str, config: Config, modules: dict[str, nn.Module], *, standalone: bool
+        self, spec: int | str, config: Config, modules: list[nn.Module], *, standalone: bool
     ) -> None:
         self.spec = spec
         self.config = config
         self.standalone = standalone
-        self._modules = {name: weakref.ref(module) for name, module in modules.items()}
+        self._modules = [weakref.ref(module) for module in modules]
         self._forwards: list[weakref.ref[Forward]] = []
-        self._planned: dict[tuple[Any, ...], _Planned] = {}
-        self._checked: set[tuple[Any, ...]] = set()
-        self._clones: dict[int, Any] = {}
+        self._planned: OrderedDict[tuple[Any, ...], _Planned] = OrderedDict()
+        self._doubles: dict[int, Double] = {}
         self._arenas: dict[torch.device, Arena] = {}
         self._lock = threading.RLock()
-        self._told = False
+        self._told: set[str] = set()
         self.plans: dict[str, ComponentPlan] = {}
 
     def check_weights(self) -> None:
@@ -96,13 +77,17 @@ class BudgetPlanner:
         Raises:
             BudgetError: naming what the weights need.
         """
-        if not isinstance(self.spec, int):
+        if not isinstance(self.spec, int) or self.standalone:
             return
-        weights = self.resident_bytes()
+        modules = self._living()
+        devices = {p.device.type: p.device for module in modules for p in module.parameters()}
+        device = devices.get("cuda", devices.get("cpu", torch.device("cpu")))
+        weights = resident_bytes(modules, device)
         if weights >= self.spec:
             raise BudgetError(
                 f"memory_budget {bytes_text(self.spec)} cannot be met: the weights alone are "
-                f"{bytes_text(weights)}; weights bind",
+                f"{bytes_text(weights)}; weights bind (on a GPU, pipe.enable_group_offload() "
+                f"before the wrap streams them)",
                 budget_bytes=self.spec,
                 smallest_bytes=weights,
                 binding="weights",
@@ -119,38 +104,53 @@ class BudgetPlanner:
         Raises:
             BudgetError: no exact cut fits, of this model or of those that run after it.
         """
-        key = (id(forward), signature(inputs))
         with self._lock:
+            limit, apart = self._limit(forward, inputs)
+            # What is free changes from call to call; a plan for it is made once per size.
+            state = None if self.spec == AUTO else limit
+            key = (id(forward), fingerprint(forward.module), state, signature(inputs))
             planned = self._planned.get(key)
             if planned is None:
-                planned = self._plan(forward, inputs)
+                try:
+                    planned = self._plan(forward, inputs, limit, apart)
+                    self._look_ahead(forward, inputs)
+                finally:
+                    self._doubles.clear()
                 self._planned[key] = planned
-                self._look_ahead(forward, inputs)
-                self._clones.clear()
+                while len(self._planned) > KEPT_PLANS:
+                    self._planned.popitem(last=False)
+            self._planned.move_to_end(key)
             self.plans[forward.path] = planned.plan
-            arena = planned.cut.arena
-            if arena is not None:
-                arena.reserve(planned.plan.slab_bytes)
-                self._tell(arena)
             return planned.cut
 
     def done(self, forward: Forward) -> None:
-        """Give the slab back after a VAE: pictures are made next, by nobody's plan.
+        """Tell of what exceeded its plan; give the slab back after a VAE.
 
-        A denoiser's slab stays for its next step.
+        Pictures are made next, by nobody's plan. A denoiser's slab stays for its next step.
         """
-        if not forward.is_denoiser:
-            with self._lock:
-                for arena in self._arenas.values():
+        for arena in self.arenas:
+            if arena.spills:
+                self._tell(
+                    f"{arena.spills} buffers ({bytes_text(arena.spilled_bytes)}) found no room in "
+                    f"the planned arena: something keeps features alive, and the run exceeds its "
+                    f"plan"
+                )
+            if not forward.is_denoiser and arena.busy.acquire(blocking=False):
+                try:
                     arena.release()
+                finally:
+                    arena.busy.release()
+
+    def skipped(self, forward: Forward, reason: str) -> None:
+        """A call runs without a plan."""
+        name = forward.path or type(forward.module).__name__
+        self._tell(f"{name} runs without its memory budget: {reason}")
 
     def forget(self, forward: Forward) -> None:
         """The module has changed: plan its calls anew."""
         with self._lock:
             for key in [key for key in self._planned if key[0] == id(forward)]:
                 del self._planned[key]
-            self._checked.clear()
-            self._clones.clear()
 
     def release(self) -> None:
         """Give the arenas back."""
@@ -165,94 +165,72 @@ class BudgetPlanner:
         """Where the buffers live, one per device."""
         return tuple(self._arenas.values())
 
+    def report(self, forward: Forward) -> tuple[int | None, int]:
+        """Reserved bytes of the last plan, if there was a call; and :meth:`exceeded`."""
+        plan = self.plans.get(forward.path)
+        return None if plan is None else plan.reserved_bytes, self.exceeded()
+
     def exceeded(self) -> int:
-        """Allocations that found no room in the arena: the runs that exceeded their plans."""
-        return sum(arena.spills for arena in self._arenas.values())
+        """Buffers that found no room in the arena, and runs that found it taken."""
+        return sum(arena.spills + arena.contended for arena in self.arenas)
 
-    def _tell(self, arena: Arena) -> None:
-        if arena.spills and not self._told:
-            self._told = True
-            warnings.warn(
-                f"{arena.spills} buffers ({bytes_text(arena.spilled_bytes)}) found no room in the "
-                f"planned arena: something keeps features alive, and the run exceeds its plan",
-                stacklevel=4,
-            )
+    def _tell(self, message: str) -> None:
+        """Warn, once for each kind of message."""
+        kind = message.rpartition(":")[2]
+        if kind not in self._told:
+            self._told.add(kind)
+            warnings.warn(message, stacklevel=4)
 
-    def _arena(self, device: torch.device) -> Arena:
-        if device not in self._arenas:
-            self._arenas[device] = Arena(device)
-        return self._arenas[device]
+    def _living(self) -> list[nn.Module]:
+        modules = (reference() for reference in self._modules)
+        return [module for module in modules if module is not None]
 
-    def resident_bytes(self, forward: Forward | None = None) -> int:
-        """Weights on the device while ``forward`` runs: all but those that are offloaded."""
-        if self.standalone:
-            return 0
-        kept = []
-        for reference in self._modules.values():
-            module = reference()
-            if module is None:
-                continue
-            running = forward is not None and any(m is forward.module for m in module.modules())
-            if running or not _is_offloaded(module):
-                kept.append(module)
-        return weight_bytes(*kept)
-
-    def limit(self, forward: Forward, inputs: dict[str, Any]) -> tuple[int | None, int]:
+    def _limit(self, forward: Forward, inputs: dict[str, Any]) -> tuple[int | None, int]:
         """What the activations of a call may take, or ``None``; and what is set apart."""
         if self.spec == MIN:
             return None, 0
-        tensors = list(_tensors(inputs))
-        device = _device(tensors)
-        if self.standalone:
-            apart = 0
-        else:
-            apart = workspace_bytes(forward.module, device) + storage_bytes(tensors)
-            apart += self.resident_bytes(forward)
+        tensors = list(tensors_of(inputs))
+        device = device_of(tensors)
+        workspace = workspace_bytes(forward.module, device)
         if self.spec == AUTO:
             arena = self._arenas.get(device)
             held = 0 if arena is None else arena.reserved_bytes
-            free = int((free_bytes(device) + held) * (1 - AUTO_MARGIN))
-            return free - workspace_bytes(forward.module, device), 0
+            return int((free_bytes(device) + held) * (1 - AUTO_MARGIN)) - workspace, 0
+        apart = 0
+        if not self.standalone:
+            apart = workspace + storage_bytes(tensors)
+            apart += resident_bytes(self._living(), device, forward.module)
         assert isinstance(self.spec, int)
         return self.spec - apart, apart
 
-    def _plan(self, forward: Forward, inputs: dict[str, Any]) -> _Planned:
-        limit, apart = self.limit(forward, inputs)
-        plan, model, found = self._search(forward, inputs_on_meta(inputs), limit, apart, inputs)
-        device = _device(list(_tensors(inputs)))
+    def _plan(
+        self, forward: Forward, inputs: dict[str, Any], limit: int | None, apart: int
+    ) -> _Planned:
+        device = device_of(tensors_of(inputs))
+        plan, model, found = self._search(forward, inputs, device, limit, apart)
         cut = model.configure(forward, found.setting, found.chosen)
-        arena = None if device.type == "meta" else self._arena(device)
-        return _Planned(plan, cut.placed(arena, plan.offsets))
+        if device.type == "meta":
+            return _Planned(plan, cut)
+        arena = self._arenas.setdefault(device, Arena(device))
+        return _Planned(plan, cut.placed(arena, plan.offsets, plan.slab_bytes))
 
     def _search(
         self,
         forward: Forward,
-        on_meta: dict[str, Any],
+        inputs: dict[str, Any],
+        device: torch.device,
         limit: int | None,
         apart: int,
-        inputs: dict[str, Any],
-    ) -> Any:
-        from .component import plan_component
-
-        tensors = list(_tensors(inputs))
-        dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
-        device = _device(tensors)
-        rates = machine(device, dtype)
-        clone = self._clone(forward)
-        return plan_component(clone, on_meta, self.config, rates, device, limit, apart)
-
-    def _clone(self, forward: Forward) -> Forward:
-        from accelrt.models.forward import Forward as Fresh
-
-        if id(forward) not in self._clones:
-            module = meta_clone(forward.module)
-            module.__dict__.pop("forward", None)
-            self._clones[id(forward)] = (
-                Fresh(module, forward.family, self.config, forward.path),
-                module,
+    ) -> tuple[ComponentPlan, Model, Found]:
+        floating = (t.dtype for t in tensors_of(inputs) if t.is_floating_point())
+        rates = machine(device, next(floating, torch.float32))
+        if id(forward) not in self._doubles:
+            self._doubles[id(forward)] = double_of(
+                forward.module, forward.family, self.config, forward.path
             )
-        clone: Forward = self._clones[id(forward)][0]
-        return clone
+        double = self._doubles[id(forward)].forward
+        on_meta = inputs_on_meta(inputs)
+        return plan_component(double, on_meta, self.config, rates, device, limit, apart)
 
     def _look_ahead(self, forward: Forward, inputs: dict[str, Any]) -> None:
         """Refuse now what a later model of the same request could not keep.
@@ -268,13 +246,9 @@ class BudgetPlanner:
             if other is None or other is forward or other.path.endswith("encoder"):
                 continue
             example = other.family.example(other.module, shape, sample.dtype)
-            key = (id(other), shape)
-            if example is None or key in self._checked:
-                continue
-            arguments = other.arguments(**example)
-            limit, apart = self.limit(other, {"like": sample})
-            self._search(other, arguments, limit, apart, {"like": sample})
-            self._checked.add(key)
+            if example is not None:
+                limit, apart = self._limit(other, {"like": sample})
+                self._search(other, other.arguments(**example), sample.device, limit, apart)
 
 
 def signature(value: Any) -> Any:
@@ -288,38 +262,19 @@ def signature(value: Any) -> Any:
     return type(value).__name__ if value is not None else None
 
 
-def _tensors(value: Any) -> Iterable[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments of a call."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)
 
 
-def _device(tensors: Iterable[Tensor]) -> torch.device:
+def device_of(tensors: Iterator[Tensor] | list[Tensor]) -> torch.device:
+    """Where a call runs: the device of its first tensor that is no scalar."""
     found = [t.device for t in tensors if t.dim() > 0]
     return found[0] if found else torch.device("cpu")
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    """A hook brings the weights when the module runs, and takes them away after it."""
-    hooks = ("_hf_hook", "_diffusers_hook")
-    return any(name in part.__dict__ for part in module.modules() for name in hooks)
-
-
-def refuse(smallest_bytes: int, apart: int, limit: int, path: str, binding: str) -> BudgetError:
-    """The error of a budget that no plan keeps."""
-    budget, needed = limit + apart, smallest_bytes + apart
-    where = f"{path}: {binding}" if path else binding
-    beside = f", beside {bytes_text(apart)} of weights and workspace" if apart else ""
-    return BudgetError(
-        f"memory_budget {bytes_text(budget)} cannot be met: the smallest is "
-        f"{bytes_text(needed)}; {where} binds with {bytes_text(smallest_bytes)} of "
-        f"activations{beside}",
-        budget_bytes=budget,
-        smallest_bytes=needed,
-        binding=where,
-    )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from accelrt.config import Config
+from accelrt.errors import BudgetError
 from accelrt.groups.slicing import default_slice_mib
+from accelrt.memory.sizes import bytes_text
 from accelrt.models.forward import Forward
 
-from .budget import refuse
 from .cost import Machine
 from .plan import ComponentPlan
 from .search import Found, Model, finish, search, smallest
@@ -46,23 +48,43 @@ def plan_component(
     batch = 1 if shape is None else shape.samples
     model = Model(clone, inputs, base, rates, default_slice_mib(device))
     if limit is None:
-        least = smallest(model, batch)
-        found = search(model, batch, least)
-        assert found is not None
-        return finish(model, found, clone.path, least), model, found
+        found = _least(model, batch)
+        plan = finish(model, found, clone.path, 0)
+        return replace(plan, limit_bytes=plan.reserved_bytes), model, found
     target = limit
     for _ in range(TIGHTENINGS):
-        found = search(model, batch, target)
-        if found is None:
+        chosen = search(model, batch, target)
+        if chosen is None:
             break
-        plan = finish(model, found, clone.path, limit)
+        plan = finish(model, chosen, clone.path, limit)
         if plan.reserved_bytes <= limit:
-            return plan, model, found
+            return plan, model, chosen
         target -= plan.reserved_bytes - limit
-    least = smallest(model, batch)
-    found = search(model, batch, least)
-    assert found is not None
+    found = _least(model, batch)
     plan = finish(model, found, clone.path, limit)
     if plan.reserved_bytes <= limit:
         return plan, model, found
-    raise refuse(plan.reserved_bytes, apart, limit, clone.path, plan.binding)
+    raise _refusal(plan.reserved_bytes, apart, limit, clone.path, plan.binding)
+
+
+def _least(model: Model, batch: int) -> Found:
+    """The fastest cut among those that need least."""
+    found = search(model, batch, smallest(model, batch))
+    if found is None:
+        raise RuntimeError(f"{model.forward.path or 'the model'}: the smallest cut is not one")
+    return found
+
+
+def _refusal(smallest_bytes: int, apart: int, limit: int, path: str, binding: str) -> BudgetError:
+    """The error of a budget that no plan keeps."""
+    budget, needed = limit + apart, smallest_bytes + apart
+    where = f"{path}: {binding}" if path else binding
+    beside = f", beside {bytes_text(apart)} of weights and workspace" if apart else ""
+    return BudgetError(
+        f"memory_budget {bytes_text(budget)} cannot be met: the smallest is "
+        f"{bytes_text(needed)}; {where} binds with {bytes_text(smallest_bytes)} of "
+        f"activations{beside}",
+        budget_bytes=budget,
+        smallest_bytes=needed,
+        binding=where,
+    )

@@ -47,6 +47,9 @@ class Machine:
     kernel_bandwidth: float = 3e9
 
 
+_known: dict[tuple[Path, str], Machine] = {}
+
+
 def cache_file() -> Path:
     """Where the rates of this machine are kept.
 
@@ -70,15 +73,14 @@ def machine(device: torch.device, dtype: torch.dtype) -> Machine:
         return Machine()
     path = cache_file()
     key = _key(device, dtype)
-    known = _read(path)
-    if key in known:
+    if (path, key) not in _known:
+        kept = _read(path)
         try:
-            return Machine(**known[key])
-        except TypeError:  # of another version
-            pass
-    measured = profile(device, dtype)
-    _write(path, {**known, key: asdict(measured)})
-    return measured
+            _known[path, key] = Machine(**kept[key])
+        except (KeyError, TypeError):  # never measured, or by another version
+            _known[path, key] = profile(device, dtype)
+            _write(path, {**kept, key: asdict(_known[path, key])})
+    return _known[path, key]
 
 
 def _key(device: torch.device, dtype: torch.dtype) -> str:
@@ -116,14 +118,16 @@ def _write(path: Path, values: dict[str, Any]) -> None:
         part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         part.replace(path)
     except OSError:
-        return  # a read-only home costs a second per process, no more
+        return  # with a read-only home it is measured once per process
 
 
 def profile(device: torch.device, dtype: torch.dtype) -> Machine:
     """Measure the rates: about a second on a CPU."""
 
+    generator = torch.Generator(device).manual_seed(0)  # the user's own is left alone
+
     def tensor(*shape: int) -> Tensor:
-        return torch.rand(shape, device=device).to(dtype)
+        return torch.rand(shape, device=device, generator=generator).to(dtype)
 
     def image(n: int, channels: int, side: int) -> Tensor:
         return tensor(n, channels, side, side).contiguous(memory_format=torch.channels_last)

@@ -120,6 +120,8 @@ class MetaKernels(TorchFunctionMode):
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.seconds += self.probe.repeats * attention_seconds(q, k, self.rates)
+        if q.dim() != 4:
+            return q.new_empty((*q.shape[:-1], v.shape[-1]))
         batch, heads, length, _ = q.shape
         return q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
 

@@ -25,7 +25,7 @@ def from_folder(path: Path, dtype: torch.dtype) -> Any:
         A model on the meta device, or an object with the ``components`` of the pipeline.
 
     Raises:
-        ValueError: the folder is neither, or names a class that diffusers lacks.
+        UnsupportedModelError: the folder is neither, or names a class that is not known.
     """
     import diffusers
 
@@ -58,6 +58,8 @@ def _component(path: Path, library: str, name: str) -> Any:
 
     if library == "diffusers":
         cls = getattr(diffusers, name, None)
+        if cls is None:
+            raise UnsupportedModelError(f"{path} is of a class that diffusers lacks: {name}")
         if not isinstance(cls, type) or not issubclass(cls, nn.Module):
             return None
         with torch.device("meta"):

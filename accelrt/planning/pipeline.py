@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from accelrt.config import Config
-from accelrt.errors import BudgetError
-from accelrt.memory.sizes import AUTO, MIN, parse_budget
-from accelrt.memory.tracker import weight_bytes
+from accelrt.errors import BudgetError, UnsupportedModelError
+from accelrt.memory.sizes import AUTO, parse_budget
+from accelrt.memory.tracker import storage_bytes, weight_bytes
 from accelrt.models.family import CallShape, Family
 from accelrt.models.forward import Forward
 
-from .budget import AUTO_MARGIN, free_bytes, workspace_bytes
-from .clone import meta_clone
+from .budget import AUTO_MARGIN, tensors_of
+from .clone import double_of
 from .component import plan_component
 from .cost import Machine, machine
 from .dryrun import dry_run
 from .plan import ComponentPlan, Plan
+from .resident import free_bytes, resident_bytes, workspace_bytes
 
 Part = tuple[nn.Module, str, Family]
 
@@ -50,59 +52,56 @@ def plan_parts(
         BudgetError: no exact plan fits; it names the smallest budget that can be met.
     """
     spec = AUTO if config.memory_budget is None else parse_budget(config.memory_budget)
-    weights = {name: weight_bytes(module) for name, module in modules.items()}
-    resident = 0 if standalone else weight_bytes(*modules.values())
     device, dtype = _placement(parts)
     rates = machine(device, dtype)
     target = torch.device("cpu") if device.type == "meta" else device
-    reserve = 0
-    if not standalone:
-        reserve = max((workspace_bytes(module, device) for module, _, _ in parts), default=0)
     total: int | None = spec if isinstance(spec, int) else None
     if spec == AUTO:
-        total = int(free_bytes(device) * (1 - AUTO_MARGIN))
-        total += resident if device.type != "meta" else 0
-    limit = None if spec == MIN else (total or 0) - resident - reserve
+        total = int(free_bytes(target) * (1 - AUTO_MARGIN))
+        if device.type != "meta" and not standalone:
+            total += resident_bytes(modules.values(), device)  # they are there already
     planned: list[ComponentPlan] = []
     stocks: dict[str, tuple[tuple[str, int], ...]] = {}
+    unplanned: list[str] = []
     worst: BudgetError | None = None
     for module, path, family in parts:
         if path.endswith("encoder") and not takes_image:
             continue
         example = family.example(module, shape, dtype)
         if example is None:
+            unplanned.append(path or type(module).__name__)
             continue
-        clone = _double(module, family, config, path)
-        inputs = clone.arguments(**example)
+        double = double_of(module, family, config, path)
+        inputs = double.forward.arguments(**example)
         if stock:
-            stocks[path] = _stock(clone, inputs, rates)
+            stocks[path] = _stock(double.forward, inputs, rates)
+        resident = reserve = 0
+        if not standalone:
+            resident = resident_bytes(modules.values(), device, module)
+            reserve = workspace_bytes(module, device) + storage_bytes(tensors_of(inputs))
+        limit = None if total is None else total - resident - reserve
         try:
-            plan, _, _ = plan_component(
-                clone, inputs, config, rates, target, limit, resident + reserve
+            part, _, _ = plan_component(
+                double.forward, inputs, config, rates, target, limit, resident + reserve
             )
-            planned.append(plan)
+            planned.append(replace(part, resident_bytes=resident, reserve_bytes=reserve))
         except BudgetError as error:
             if worst is None or error.smallest_bytes > worst.smallest_bytes:
                 worst = error
     if worst is not None:
         raise worst
+    if not planned:
+        raise UnsupportedModelError(
+            f"nothing is known ahead of the calls of {', '.join(unplanned)}; wrap with "
+            f"memory_budget plans each call when it comes"
+        )
     return Plan(
         budget_bytes=total,
-        weights=weights,
-        resident_bytes=resident,
-        reserve_bytes=reserve,
+        weights={name: weight_bytes(module) for name, module in modules.items()},
         components=tuple(planned),
+        unplanned=tuple(unplanned),
         stock=stocks,
     )
-
-
-def _double(module: nn.Module, family: Family, config: Config, path: str) -> Forward:
-    """A forward on a double of ``module`` without weights, which it keeps alive."""
-    clone = meta_clone(module)
-    clone.__dict__.pop("forward", None)
-    forward = Forward(clone, family, config, path)
-    forward.keeps_alive = clone
-    return forward
 
 
 def _stock(clone: Forward, inputs: dict[str, Any], rates: Machine) -> tuple[tuple[str, int], ...]:

@@ -49,6 +49,9 @@ class ComponentPlan:
         offsets: of the arena's buffers, in the order of their making.
         seconds, fastest_seconds: estimates for this plan, and for the fastest one.
         timeline: live bytes at the worst of each group, with the group's name.
+        resident_bytes: weights that are on the device while it runs.
+        reserve_bytes: for what the library needs inside of its operators, and for the
+            call's arguments.
     """
 
     path: str
@@ -64,6 +67,13 @@ class ComponentPlan:
     seconds: float
     fastest_seconds: float
     timeline: tuple[tuple[str, int], ...]
+    resident_bytes: int = 0
+    reserve_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All that is there while it runs."""
+        return self.reserved_bytes + self.resident_bytes + self.reserve_bytes
 
     @property
     def reserved_bytes(self) -> int:
@@ -88,34 +98,32 @@ class Plan:
     Args:
         budget_bytes: what the call may take; ``None`` if it is free.
         weights: bytes of the weights by component.
-        resident_bytes: those of them that stay on the device; the rest is streamed.
-        reserve_bytes: for what the library needs inside of its operators, and for the
-            latents, embeddings and pictures between the models.
         components: the models that run, one after the other.
+        unplanned: models that run too, but of whose calls nothing is known ahead.
         stock: of the stock models by component, where they were looked at: live bytes over
             time, as :attr:`ComponentPlan.timeline`.
     """
 
     budget_bytes: int | None
     weights: dict[str, int]
-    resident_bytes: int
-    reserve_bytes: int
     components: tuple[ComponentPlan, ...]
+    unplanned: tuple[str, ...]
     stock: dict[str, tuple[tuple[str, int], ...]]
 
     @property
+    def largest(self) -> ComponentPlan:
+        """The model that needs most."""
+        return max(self.components, key=lambda part: part.total_bytes)
+
+    @property
     def peak_bytes(self) -> int:
-        """Weights, reserve and the largest component."""
-        largest = max((c.reserved_bytes for c in self.components), default=0)
-        return self.resident_bytes + self.reserve_bytes + largest
+        """What the call needs."""
+        return self.largest.total_bytes
 
     @property
     def binding(self) -> str:
         """What decides the peak: a component and its group."""
-        largest = max(self.components, key=lambda c: c.reserved_bytes, default=None)
-        if largest is None:
-            return "weights"
-        return f"{largest.path or 'model'}: {largest.binding}"
+        return f"{self.largest.path or 'model'}: {self.largest.binding}"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values."""

@@ -56,9 +56,12 @@ def total_text(plan: Plan) -> str:
     if plan.budget_bytes is not None:
         total += f" of {bytes_text(plan.budget_bytes)}"
     beside = "weights apart"
-    if plan.resident_bytes or plan.reserve_bytes:
-        weights, workspace = map(bytes_text, (plan.resident_bytes, plan.reserve_bytes))
+    part = plan.largest
+    if part.resident_bytes or part.reserve_bytes:
+        weights, workspace = map(bytes_text, (part.resident_bytes, part.reserve_bytes))
         beside = f"weights {weights}, workspace {workspace}"
+    if plan.unplanned:
+        beside += f", without {', '.join(plan.unplanned)}"
     return f"{total}: {beside}; {plan.binding} binds"
 
 

@@ -46,17 +46,15 @@ class Option:
     recompute: bool = False
 
 
-FASTEST = Option(None)
-
-
 def options(base: Config) -> list[Option]:
-    """All options, from fast to small."""
-    found = [FASTEST]
-    if base.slice_mib is None:
-        found += [Option(mib, bands=True) for mib in RUNGS]
-    if base.recompute != "never":
-        mibs = RUNGS[1::2] + RUNGS[-1:] if base.slice_mib is None else (None,)
-        found += [Option(mib, bands=True, recompute=True) for mib in mibs]
+    """All options, from fast to small; the first is what runs without a budget."""
+    always = base.recompute == "always"
+    mibs: tuple[float | None, ...] = RUNGS if base.slice_mib is None else (None,)
+    found = [Option(None, recompute=always)]
+    found += [Option(mib, bands=True, recompute=always) for mib in mibs]
+    if base.recompute == "allow":
+        few = RUNGS[1::2] + RUNGS[-1:] if base.slice_mib is None else (None,)
+        found += [Option(mib, bands=True, recompute=True) for mib in few]
     return found
 
 
@@ -96,6 +94,7 @@ class Model:
         self.base = base
         self.rates = rates
         self.slice_mib = slice_mib
+        self.fastest = options(base)[0]
         self._runs: dict[tuple[Setting, Option], DryRun] = {}
 
     def configure(
@@ -106,7 +105,9 @@ class Model:
         stages = forward.family.stages(forward.module, config)
         for stage in stages:
             for group in stage.groups:
-                option = chosen if isinstance(chosen, Option) else chosen.get(group.name, FASTEST)
+                option = (
+                    chosen if isinstance(chosen, Option) else chosen.get(group.name, self.fastest)
+                )
                 group.configure(self._group_config(config, group, setting, option))
         return Cut(stages, config)
 
@@ -180,12 +181,12 @@ def search(model: Model, batch: int, limit: int) -> Found | None:
     """The fastest cut whose live activations stay within ``limit`` bytes, or ``None``."""
     best: Found | None = None
     for setting in settings(model.base, batch):
-        if best is not None and model.run(setting, FASTEST).seconds >= best.seconds:
+        if best is not None and model.run(setting, model.fastest).seconds >= best.seconds:
             continue  # cutting finer makes it no faster
         found = _within(model, setting, limit)
         if found is not None and (best is None or found.seconds < best.seconds):
             best = found
-        if best is not None and all(option == FASTEST for option in best.chosen.values()):
+        if best is not None and all(option == model.fastest for option in best.chosen.values()):
             break  # nothing had to be tightened
     return best
 
@@ -196,7 +197,7 @@ def _within(model: Model, setting: Setting, limit: int) -> Found | None:
     What is kept and what is scratch share the limit, and an option that keeps less may
     need more scratch: every division that one of the options suggests is tried.
     """
-    fastest = model.run(setting, FASTEST)
+    fastest = model.run(setting, model.fastest)
     if any(group.entry_bytes > limit for group in fastest.groups.values()):
         return None  # what a group finds alive is there whatever its own option is
     best = _divided(model, setting, limit, kept_bytes(fastest))
@@ -214,7 +215,7 @@ def _divided(model: Model, setting: Setting, limit: int, kept: int) -> Found | N
     """The best with ``kept`` bytes for what lives beyond a slice, the rest for scratch."""
     if kept > limit:
         return None
-    first = model.run(setting, FASTEST)
+    first = model.run(setting, model.fastest)
     waiting = set(first.groups)
     chosen: dict[str, Option] = {}
     seconds = 0.0
@@ -232,7 +233,7 @@ def _divided(model: Model, setting: Setting, limit: int, kept: int) -> Found | N
         waiting.difference_update(chosen)
         if not waiting:
             return Found(setting, chosen, seconds)
-        if option == FASTEST:
+        if option == model.fastest:
             hopeless = (n for n in waiting if not any(fits(o, n) for o in tight))
             if next(hopeless, None) is not None:
                 return None
@@ -242,7 +243,7 @@ def _divided(model: Model, setting: Setting, limit: int, kept: int) -> Found | N
 def finish(model: Model, found: Found, path: str, limit: int) -> ComponentPlan:
     """The plan of a component, looked at once more as a whole."""
     final = model.together(found.setting, found.chosen)
-    fastest = model.run(Setting(model.base.samples_per_pass, False), FASTEST)
+    fastest = model.run(settings(model.base, 1)[0], model.fastest)
     assert final.offsets is not None
     groups = tuple(_group_plan(run, found.chosen[name]) for name, run in final.groups.items())
     return ComponentPlan(

@@ -1,0 +1,89 @@
+"""What is on a device beside the activations: weights, and the library's workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accelrt.memory.tracker import storage_bytes
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that new tensors on ``device`` can take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + held)
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def workspace_bytes(model: nn.Module, device: torch.device) -> int:
+    """What the library takes inside of its operators beside their outputs.
+
+    On the CPU oneDNN holds the weights of the running convolution or product a second
+    time, in its own order.
+    """
+    if device.type == "cuda":
+        return 0  # in the device's own pools, which torch reserves once
+    return max((p.numel() * p.element_size() for p in model.parameters()), default=0)
+
+
+def resident_bytes(
+    modules: Iterable[nn.Module], device: torch.device, running: nn.Module | None = None
+) -> int:
+    """Bytes of the weights that are on ``device`` while one of the modules runs.
+
+    Args:
+        modules: of a pipeline.
+        device: weights elsewhere do not count, unless a hook brings them.
+        running: the module that runs, or a part of one; ``None`` while none does.
+    """
+    kept: list[Tensor] = []
+    streamed = 0
+    for module in modules:
+        groups = _offload_groups(module)
+        if groups:
+            # One group runs while the next is on its way.
+            streamed = max(streamed, sum(sorted(groups)[-2:]))
+            continue
+        weights = [*module.parameters(), *module.buffers()]
+        comes = running is not None and any(part is running for part in module.modules())
+        if _is_offloaded(module):
+            kept += weights if comes else []
+        else:
+            kept += [tensor for tensor in weights if tensor.device.type == device.type]
+    return storage_bytes(kept) + streamed
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """A hook of accelerate brings the weights when the module runs, and takes them away after."""
+    hooks = (part.__dict__.get("_hf_hook") for part in module.modules())
+    return any(
+        getattr(one, "offload", False) or type(one).__name__ == "CpuOffload"
+        for hook in hooks
+        if hook is not None
+        for one in getattr(hook, "hooks", (hook,))
+    )
+
+
+def _offload_groups(module: nn.Module) -> list[int]:
+    """Bytes of the groups of diffusers' group offloading; empty without it."""
+    groups: dict[int, Any] = {}
+    for part in module.modules():
+        registry = part.__dict__.get("_diffusers_hook")
+        hook = None if registry is None else registry.hooks.get("group_offloading")
+        if hook is not None:
+            groups[id(hook.group)] = hook.group
+    return [_group_bytes(group) for group in groups.values()]
+
+
+def _group_bytes(group: Any) -> int:
+    tensors = [*(group.parameters or ()), *(group.buffers or ())]
+    for module in group.modules:
+        tensors += [*module.parameters(), *module.buffers()]
+    return storage_bytes(tensors)
