@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import resource
 from pathlib import Path
 
 import torch
+
+from accelrt.memory.arena import return_free_memory
 
 _SELF = Path("/proc/self")
 
@@ -93,6 +94,4 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-    if trim is not None:
-        trim(0)
+    return_free_memory()

@@ -118,6 +118,7 @@ class MotionGroup(Group):
                 ops.residual_blend(part, y, out=into)
             else:
                 into.copy_(part + y)
+            del y  # not beside the next slice
         return out
 
     def _block(self, block: Any, x: Tensor, frames: int) -> Callable[[Tensor], Tensor]:

@@ -136,6 +136,7 @@ class SpatialTransformerGroup(Group):
                 ops.residual_blend(residual, y, out=into)
             else:
                 into.copy_(residual + y)
+            del stream, y  # not beside the next slice
         return out
 
     def _project_in(self, normed: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ into offsets in one slab, and real runs take their buffers from there::
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
 import weakref
@@ -185,6 +186,8 @@ class Arena:
         if slab_bytes == core.slab_bytes:
             return
         core.release()
+        if self.device.type == "cpu":
+            return_free_memory()  # what another model's slices left in the heap
         if slab_bytes > 0:
             address, owner = _make_slab(slab_bytes, self.device)
             core.set_slab(address, slab_bytes, owner)
@@ -282,6 +285,13 @@ class Arena:
     def spilled_bytes(self) -> int:
         """Aligned bytes of those tensors, together."""
         return 0 if self._core is None else self._core.refused_bytes
+
+
+def return_free_memory() -> None:
+    """Give freed heap memory back to the system; glibc keeps it for later otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 _local = threading.local()

@@ -191,7 +191,8 @@ class BudgetPlanner:
             return None, 0
         tensors = list(tensors_of(inputs))
         device = device_of(tensors)
-        workspace = workspace_bytes(forward.module, device)
+        count = self.spec if isinstance(self.spec, int) else 0
+        workspace = workspace_bytes(forward.module, device, count)
         if self.spec == AUTO:
             arena = self._arenas.get(device)
             held = 0 if arena is None else arena.reserved_bytes

@@ -15,10 +15,12 @@ from accelrt.models.forward import Forward
 
 from .cost import Machine
 from .plan import ComponentPlan
-from .search import Found, Model, finish, search, smallest
+from .search import RUNGS, Found, Model, finish, search, settings, smallest
 
 #: How often a plan is tightened because its arena has gaps.
 TIGHTENINGS = 4
+#: By the estimates, how much longer the smallest plan of a denoiser may take.
+SLOWER_AT_MOST = 1.15
 
 
 def plan_component(
@@ -48,7 +50,7 @@ def plan_component(
     batch = 1 if shape is None else shape.samples
     model = Model(clone, inputs, base, rates, default_slice_mib(device))
     if limit is None:
-        found = _least(model, batch)
+        found = _least_in_time(model, batch)
         plan = finish(model, found, clone.path, 0)
         return replace(plan, limit_bytes=plan.reserved_bytes), model, found
     target = limit
@@ -72,6 +74,24 @@ def _least(model: Model, batch: int) -> Found:
     found = search(model, batch, smallest(model, batch))
     if found is None:
         raise RuntimeError(f"{model.forward.path or 'the model'}: the smallest cut is not one")
+    return found
+
+
+def _least_in_time(model: Model, batch: int) -> Found:
+    """The same among those that are not much slower, if this is a denoiser.
+
+    Every step pays for its slices, and some kilobytes are not worth twice the time.
+    """
+    found = _least(model, batch)
+    if not model.forward.is_denoiser:
+        return found
+    fastest = model.run(settings(model.base, batch)[0], model.fastest).seconds
+    for count in range(len(RUNGS) - 1, 0, -1):
+        if found.seconds <= SLOWER_AT_MOST * fastest:
+            break
+        model.rungs = RUNGS[:count]
+        found = _least(model, batch)
+    model.rungs = RUNGS
     return found
 
 

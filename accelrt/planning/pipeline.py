@@ -78,7 +78,8 @@ def plan_parts(
         resident = reserve = 0
         if not standalone:
             resident = resident_bytes(modules.values(), device, module)
-            reserve = workspace_bytes(module, device) + storage_bytes(tensors_of(inputs))
+            reserve = workspace_bytes(module, device, spec if isinstance(spec, int) else 0)
+            reserve += storage_bytes(tensors_of(inputs))
         limit = None if total is None else total - resident - reserve
         try:
             part, _, _ = plan_component(

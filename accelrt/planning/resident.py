@@ -22,15 +22,17 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def workspace_bytes(model: nn.Module, device: torch.device) -> int:
-    """What the library takes inside of its operators beside their outputs.
+def workspace_bytes(model: nn.Module, device: torch.device, budget_bytes: int = 0) -> int:
+    """What is taken beside weights and activations, in operators and between them.
 
     On the CPU oneDNN holds the weights of the running convolution or product a second
-    time, in its own order.
+    time, in its own order; and one part in a hundred of the budget is left to the heap,
+    which does not return every page that is free.
     """
     if device.type == "cuda":
         return 0  # in the device's own pools, which torch reserves once
-    return max((p.numel() * p.element_size() for p in model.parameters()), default=0)
+    largest = max((p.numel() * p.element_size() for p in model.parameters()), default=0)
+    return largest + budget_bytes // 100
 
 
 def resident_bytes(

@@ -15,7 +15,7 @@ from .dryrun import DryRun, GroupRun, dry_run
 from .plan import ComponentPlan, GroupPlan
 
 #: MiB of scratch that a group may be told to aim at, from loose to tight.
-RUNGS = (8.0, 2.0, 0.5, 0.125, 0.03125)
+RUNGS = (8.0, 4.0, 2.0, 1.0, 0.5, 0.125, 0.03125)
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Option:
     recompute: bool = False
 
 
-def options(base: Config) -> list[Option]:
+def options(base: Config, rungs: tuple[float, ...] = RUNGS) -> list[Option]:
     """All options, from fast to small; the first is what runs without a budget."""
     always = base.recompute == "always"
-    mibs: tuple[float | None, ...] = RUNGS if base.slice_mib is None else (None,)
+    mibs: tuple[float | None, ...] = rungs if base.slice_mib is None else (None,)
     found = [Option(None, recompute=always)]
     found += [Option(mib, bands=True, recompute=always) for mib in mibs]
     if base.recompute == "allow":
-        few = RUNGS[1::2] + RUNGS[-1:] if base.slice_mib is None else (None,)
+        few = rungs[1::2] + rungs[-1:] if base.slice_mib is None else (None,)
         found += [Option(mib, bands=True, recompute=True) for mib in few]
     return found
 
@@ -95,6 +95,7 @@ class Model:
         self.rates = rates
         self.slice_mib = slice_mib
         self.fastest = options(base)[0]
+        self.rungs: tuple[float, ...] = RUNGS
         self._runs: dict[tuple[Setting, Option], DryRun] = {}
 
     def configure(
@@ -152,7 +153,7 @@ class Found:
 def smallest(model: Model, batch: int) -> int:
     """The least memory in bytes that any cut needs, by the rule of :func:`search`."""
     setting = settings(model.base, batch)[-1]
-    runs = [model.run(setting, option) for option in _tightest(model.base)]
+    runs = [model.run(setting, option) for option in _tightest(model)]
     totals = []
     for kept in set(map(kept_bytes, runs)):
         scratch = 0
@@ -169,10 +170,10 @@ def kept_bytes(run: DryRun) -> int:
     return max([slab, *(group.kept_bytes for group in run.groups.values())])
 
 
-def _tightest(base: Config) -> list[Option]:
+def _tightest(model: Model) -> list[Option]:
     """The tightest option of each kind."""
     kinds: dict[tuple[bool, bool], Option] = {}
-    for option in options(base):
+    for option in options(model.base, model.rungs):
         kinds[option.bands, option.recompute] = option
     return list(kinds.values())
 
@@ -203,7 +204,7 @@ def _within(model: Model, setting: Setting, limit: int) -> Found | None:
     best = _divided(model, setting, limit, kept_bytes(fastest))
     if best is not None:
         return best
-    tight = [model.run(setting, option) for option in _tightest(model.base)[1:]]
+    tight = [model.run(setting, option) for option in _tightest(model)[1:]]
     for kept in sorted(set(map(kept_bytes, tight)) - {kept_bytes(fastest)}):
         found = _divided(model, setting, limit, kept)
         if found is not None and (best is None or found.seconds < best.seconds):
@@ -224,8 +225,8 @@ def _divided(model: Model, setting: Setting, limit: int, kept: int) -> Found | N
         group = model.run(setting, option).groups[name]
         return group.kept_bytes <= kept and kept + group.scratch_bytes <= limit
 
-    tight = _tightest(model.base)
-    for option in options(model.base):
+    tight = _tightest(model)
+    for option in options(model.base, model.rungs):
         for name in sorted(waiting):
             if fits(option, name):
                 chosen[name] = option

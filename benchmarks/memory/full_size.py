@@ -13,16 +13,14 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 import accelrt
-from accelrt.benchmarking import models, pipelines
+from accelrt.benchmarking import models
 from accelrt.benchmarking.models import ModelCase, Run
 from accelrt.benchmarking.weights import on_meta, share
-from accelrt.benchmarking.whole_call import on_meta_pipeline
 from accelrt.config import Config
 from accelrt.memory import track_peak
 from accelrt.planning.dryrun import MetaKernels
@@ -86,21 +84,6 @@ def with_switches(case: ModelCase, model: Any, inputs: dict[str, Any]) -> float 
     return min(peaks, default=None)
 
 
-def split_inference(height: int, width: int) -> float:
-    """AnimateDiff with FreeNoise's split inference of 1 and 1, its guidance halves in turn."""
-    pipe = on_meta_pipeline(pipelines.animatediff(), DTYPE)
-    pipe.motion_adapter = SimpleNamespace(config=SimpleNamespace(motion_max_seq_length=32))
-    pipe.enable_free_noise(context_length=16)
-    pipe.enable_free_noise_split_inference(spatial_split_size=1, temporal_split_size=1)
-    case = models.animatediff(16, height // 8, width // 8)
-    whole = case.inputs(DTYPE, "meta")
-    half = {
-        name: value[: value.shape[0] // 2] if value.dim() else value
-        for name, value in whole.items()
-    }
-    return measure(case.run, pipe.unet, half)
-
-
 def smallest(model: Any, size: tuple[int, int, int], recompute: str) -> float:
     """Live MiB of the smallest plan: of the denoiser, or of the decoder."""
     height, width, frames = size
@@ -120,8 +103,6 @@ def row_of(name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"case": name, "stock": measure(case.run, model, inputs)}
     # Chunked over pixels, the temporal blocks of SVD take many minutes, even on meta tensors.
     row["switches"] = None if "SVD" in name else with_switches(case, model, inputs)
-    if "AnimateDiff" in name:
-        row["switches"] = min(row["switches"], split_inference(size[0], size[1]))
     accelrt.wrap(model, slice_mib=8.0)
     row["default"] = measure(case.run, model, inputs)
     accelrt.unwrap(model)
