@@ -75,20 +75,26 @@ def _show(results: list[dict[str, Any]], size: str, console: Console) -> None:
     from accelrt.memory.sizes import bytes_text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if i else "left")
+    rows: list[tuple[str, ...]] = []
     for result in results:
         case = PIPELINES[result["name"]](size)
         budget = result["budget_bytes"]
-        table.add_row(
-            f"{case.title}, {case.frames} frames {case.height}x{case.width}",
-            "min" if budget is None else bytes_text(budget),
-            bytes_text(result["planned_bytes"]),
-            bytes_text(result["process_bytes"]),
-            bytes_text(result["weight_bytes"]),
-            f"{result['seconds']:.3g}",
-            "yes" if result["kept"] else "NO",
+        rows.append(
+            (
+                f"{case.title}, {case.frames} frames {case.height}x{case.width}",
+                "min" if budget is None else bytes_text(budget),
+                bytes_text(result["planned_bytes"]),
+                bytes_text(result["process_bytes"]),
+                bytes_text(result["weight_bytes"]),
+                f"{result['seconds']:.3g}",
+                "yes" if result["kept"] else "NO",
+            )
         )
+    head, *lines = zip(COLUMNS, *rows, strict=True)  # few pipelines, many columns
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left")
+    for line in lines:
+        table.add_row(*line)
     console.print(table)
     console.print(
         "process: growth of the resident memory from before the weights to its peak; one "
