@@ -111,21 +111,28 @@ def row_of(name: str) -> dict[str, Any]:
     return row
 
 
+def save(row: dict[str, Any]) -> None:
+    """Put a row in its place in the file; the other cases stay."""
+    known = json.loads(TARGET.read_text(encoding="utf-8")) if TARGET.exists() else []
+    rows = {old["case"]: old for old in known if old["case"] in CASES and "min" in old}
+    rows[row["case"]] = row
+    ordered = [rows[name] for name in CASES if name in rows]
+    TARGET.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Print the table; with --save, write benchmarks/results/memory-full-size.json."""
     wanted = [word for word in sys.argv[1:] if not word.startswith("-")]
-    rows = []
     print("| MiB, bf16, weights apart | " + " | ".join(COLUMNS.values()) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
     for name in CASES:
         if wanted and not any(word in name for word in wanted):
             continue
         row = row_of(name)
-        rows.append(row)
         cells = ("" if row[c] is None else f"{row[c]:.1f}" for c in COLUMNS)
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
         if "--save" in sys.argv:  # after each: a long run may be interrupted
-            TARGET.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            save(row)
 
 
 if __name__ == "__main__":
