@@ -265,7 +265,7 @@ def test_who_holds_hidden_states_keeps_them(keep: int, config: str) -> None:
     forward.observer = keeper = Keeper()
     assert zoo.relative_error(decode(vae, (1, 5, 3, 5)), before) < 1e-13
     assert len(keeper.kept) > 3
-    assert all(torch.equal(now, then) for now, then in keeper.kept)
+    assert all(torch.equal(tensor, copy) for tensor, copy in keeper.kept)
 
 
 @pytest.mark.parametrize("where", ["", "spatial_res_block", "temporal_res_block"])
@@ -288,7 +288,7 @@ def test_a_hook_that_keeps_its_inputs(where: str) -> None:
     module.register_forward_pre_hook(keep_named, with_kwargs=True)
     assert zoo.relative_error(decode(vae, (1, 5, 3, 5)), before) < 1e-13
     assert len(kept) == 1
-    assert all(torch.equal(now, then) for now, then in kept)
+    assert all(torch.equal(tensor, copy) for tensor, copy in kept)
 
 
 def test_frames_that_make_no_videos_raise_what_stock_raises() -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from model_zoo import fused_attention  # noqa: F401
 
 import accelrt
 from accelrt.benchmarking import models
@@ -34,17 +33,6 @@ LIMITS: list[tuple[str, dict[str, Any], float]] = [
     ("pixart-1024", {"slice_mib": 0.1}, 31.5),
     ("pixart-1024", {"slice_mib": 0.1, "samples_per_pass": 1}, 22.2),
 ]
-
-
-@pytest.fixture(autouse=True)
-def fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention without a score matrix, as the flash kernels run it."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-        batch, heads, length, dim = q.shape
-        return q.new_empty(batch, length, heads, dim).transpose(1, 2)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
 
 
 @functools.cache

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from accelrt.benchmarking.results import Measurement, Quality, Times
-from accelrt.reporting.tables import bytes_text, error_text, seconds_text, share_text
+from accelrt.memory.sizes import bytes_text
+from accelrt.reporting.tables import error_text, seconds_text, share_text
 
 TUNED = "[tuned malloc]"
 COLUMNS = ("run", "seconds", "speed-up", "MFU", "peak", "process", "rel. L2")

@@ -105,14 +105,11 @@ class BudgetPlanner:
             BudgetError: no exact cut fits, of this model or of those that run after it.
         """
         with self._lock:
-            limit, apart = self._limit(forward, inputs)
-            # What is free changes from call to call; a plan for it is made once per size.
-            state = None if self.spec == AUTO else limit
-            key = (id(forward), fingerprint(forward.module), state, signature(inputs))
+            key = (id(forward), fingerprint(forward.module), signature(inputs))
             planned = self._planned.get(key)
             if planned is None:
                 try:
-                    planned = self._plan(forward, inputs, limit, apart)
+                    planned = self._plan(forward, inputs)
                     self._look_ahead(forward, inputs)
                 finally:
                     self._doubles.clear()
@@ -204,9 +201,8 @@ class BudgetPlanner:
         assert isinstance(self.spec, int)
         return self.spec - apart, apart
 
-    def _plan(
-        self, forward: Forward, inputs: dict[str, Any], limit: int | None, apart: int
-    ) -> _Planned:
+    def _plan(self, forward: Forward, inputs: dict[str, Any]) -> _Planned:
+        limit, apart = self._limit(forward, inputs)
         device = device_of(tensors_of(inputs))
         plan, model, found = self._search(forward, inputs, device, limit, apart)
         cut = model.configure(forward, found.setting, found.chosen)

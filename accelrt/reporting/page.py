@@ -12,12 +12,12 @@ from jinja2 import Environment as Templates
 from jinja2 import PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from accelrt.memory.sizes import bytes_text
 from accelrt.quality import Comparison
 from accelrt.reporting.environment import Environment
 from accelrt.reporting.tables import (
     COLUMNS,
     Exhibit,
-    bytes_text,
     decibel_text,
     error_text,
     groups_text,

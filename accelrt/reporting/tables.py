@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelrt.memory.sizes import bytes_text
 from accelrt.quality import Comparison
 
 COLUMNS = ("model", "run", "seconds", "ratio", "peak memory", "rel. L2", "PSNR")
@@ -72,12 +73,6 @@ def groups_text(result: Comparison) -> str:
 def seconds_text(seconds: float) -> str:
     """Three significant digits."""
     return f"{seconds:.3g}" if seconds < 100 else f"{seconds:.0f}"
-
-
-def bytes_text(count: int) -> str:
-    """Bytes in MiB or GiB."""
-    mib = count / 2**20
-    return f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:.1f} MiB"
 
 
 def share_text(part: int, whole: int) -> str:
