@@ -28,4 +28,5 @@ STABLE_TORCH_LIBRARY(accelrt, m) {
       "float guidance_scale, float sample_coef, float eps_coef, float history_coef, "
       "Tensor(a!) out, Tensor(b!)? eps_out) -> ()");
   m.def("feature_delta(Tensor a, Tensor b, int p, Tensor(a!) out) -> ()");
+  m.def("weighted_sum(Tensor features, Tensor weights, Tensor? base, Tensor(a!) out) -> ()");
 }

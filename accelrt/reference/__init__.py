@@ -12,6 +12,7 @@ from .blend import residual_blend
 from .group_norm import group_norm_apply, group_norm_merge, group_norm_stats
 from .layer_norm import gate_residual_layer_norm_modulate, layer_norm_modulate
 from .steps import feature_delta, guided_step
+from .weighted_sum import weighted_sum
 
 __all__ = [
     "feature_delta",
@@ -27,4 +28,5 @@ __all__ = [
     "residual_blend",
     "silu",
     "temporal_attention",
+    "weighted_sum",
 ]
