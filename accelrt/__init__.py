@@ -16,17 +16,22 @@ The fused operators are in :mod:`accelrt.ops`, their pure-torch truth in
 
 from accelrt.config import Config
 from accelrt.errors import BudgetError, UnsupportedModelError
-from accelrt.wrap import is_wrapped, plan, summary, unwrap, wrap
+from accelrt.quality.calibrate import calibrate
+from accelrt.steps import Rehash
+from accelrt.wrap import is_wrapped, plan, reset, summary, unwrap, wrap
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BudgetError",
     "Config",
+    "Rehash",
     "UnsupportedModelError",
     "__version__",
+    "calibrate",
     "is_wrapped",
     "plan",
+    "reset",
     "summary",
     "unwrap",
     "wrap",

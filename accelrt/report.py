@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from accelrt.memory.sizes import bytes_text
+from accelrt.steps.report import StepsReport, steps_report
 
 if TYPE_CHECKING:
     from accelrt.models.forward import Forward
@@ -45,6 +46,7 @@ class Summary:
         unsupported: components that were not wrapped, with their classes.
         planned: with a memory budget, reserved bytes of the last plan of each component.
         exceeded: buffers that found no room in the arena of a plan.
+        steps: what the step policy did in the last request; ``None`` without one.
     """
 
     rows: tuple[Row, ...]
@@ -52,6 +54,7 @@ class Summary:
     unsupported: dict[str, str]
     planned: dict[str, int]
     exceeded: int
+    steps: StepsReport | None = None
 
     def counts(self) -> dict[str, int]:
         """Number of groups per status."""
@@ -69,6 +72,7 @@ class Summary:
             "unsupported": dict(self.unsupported),
             "planned": dict(self.planned),
             "exceeded": self.exceeded,
+            "steps": None if self.steps is None else self.steps.to_dict(),
         }
 
     def __str__(self) -> str:
@@ -91,6 +95,8 @@ class Summary:
         ]
         if self.exceeded:
             lines.append(f"{self.exceeded} buffers found no room in the planned arena")
+        if self.steps is not None:
+            lines.append(str(self.steps))
         if self.unsupported:
             names = (f"{name} ({cls})" for name, cls in self.unsupported.items())
             lines.append(f"not wrapped: {', '.join(names)}")
@@ -111,7 +117,10 @@ def describe(found: list[tuple[str, Forward]], unsupported: dict[str, str]) -> S
     stock: dict[str, str] = {}
     planned: dict[str, int] = {}
     exceeded: dict[int, int] = {}
+    steps: StepsReport | None = None
     for component, forward in found:
+        if forward.stepper is not None:
+            steps = steps_report(forward.stepper.tracker)
         if forward.planner is not None:
             reserved, spills = forward.planner.report(forward)
             exceeded[id(forward.planner)] = spills
@@ -128,4 +137,4 @@ def describe(found: list[tuple[str, Forward]], unsupported: dict[str, str]) -> S
                 )  # fmt: skip
         if forward.stock_reason:
             stock[component] = forward.stock_reason
-    return Summary(tuple(rows), stock, unsupported, planned, sum(exceeded.values()))
+    return Summary(tuple(rows), stock, unsupported, planned, sum(exceeded.values()), steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -16,22 +17,42 @@ if TYPE_CHECKING:
     from accelrt.models.forward import Forward
     from accelrt.planning.budget import BudgetPlanner
     from accelrt.planning.plan import Plan
+    from accelrt.steps.rehash import Rehash
+    from accelrt.steps.session import Tracker
 
 Part = tuple[nn.Module, str, Any]
 
 
-def wrap(pipe_or_model: Any, *, config: Config | None = None, **overrides: Any) -> Any:
+def wrap(
+    pipe_or_model: Any,
+    *,
+    config: Config | None = None,
+    rehash: Rehash | str | Path | None = None,
+    quality_floor: float | None = None,
+    **overrides: Any,
+) -> Any:
     """Accelerate a diffusers pipeline or model in place and return the same object.
 
     The forwards of the supported components are replaced by ones that run the same
     modules as sliced, fused operator groups. Classes, signatures, return types,
-    parameters and ``state_dict`` keys stay as they are, and the output equals the stock
-    output within the rounding error that the stock model itself has in its dtype.
+    parameters and ``state_dict`` keys stay as they are, and, without ``rehash``, the output
+    equals the stock output within the rounding error that the stock model itself has in its
+    dtype.
 
     Args:
         pipe_or_model: a ``DiffusionPipeline`` (every supported component is wrapped) or
             a model of a supported class.
         config: slice lengths and switches; the defaults if ``None``.
+        rehash: leave stages out at some denoising steps, and predict what they would have
+            made; the output is then an approximation. A :class:`accelrt.steps.Rehash`, the
+            file of a calibrated one, or ``"auto"``: a conservative one for the family. Not
+            part of ``config``, whose settings are all exact. ``None``: every step is computed.
+        quality_floor: with ``rehash`` and a pipeline: least PSNR in dB, for example 30, of a
+            request against the same with every step computed. The first request in which
+            steps are predicted runs twice, from the same random numbers, callbacks and
+            progress bar included. Below the floor, its fully computed output is returned,
+            and from then on every step is computed, which one warning says; else the
+            accelerated output is, and later requests run once. ``None``: nothing is checked.
         overrides: single settings of :class:`Config`, over those of ``config``.
 
     Returns:
@@ -40,17 +61,24 @@ def wrap(pipe_or_model: Any, *, config: Config | None = None, **overrides: Any) 
     Raises:
         UnsupportedModelError: nothing in it is of a supported class.
         ValueError: for an unknown or wrong setting, or if it is wrapped already.
+        OSError: the file of ``rehash`` cannot be read.
 
     Source: Feature Slicer and Operator Grouping of Streamlined Inference (arXiv
-    2411.01171, section 3), made exact.
+    2411.01171, section 3), made exact; with ``rehash`` its Step Rehash, too.
     """
     if config is None:
         config = Config()
     elif not isinstance(config, Config):
         raise ValueError(f"config is {type(config).__name__}; expected accelrt.Config")
     config = config.override(**overrides)
+    if quality_floor is not None:
+        from accelrt.quality import gate
+
+        gate.check_floor(quality_floor, pipe_or_model, rehash=rehash is not None)
     from accelrt.models import supported
     from accelrt.models.forward import Forward
+    from accelrt.steps.session import Tracker
+    from accelrt.steps.stepper import attach
 
     parts = _parts(pipe_or_model)
     if not parts:
@@ -62,20 +90,65 @@ def wrap(pipe_or_model: Any, *, config: Config | None = None, **overrides: Any) 
         if find(module) is not None:
             name = type(module).__name__ + (f" ({path})" if path else "")
             raise ValueError(f"{name} is wrapped already; call accelrt.unwrap first")
+    settings = _rehash(rehash)
     planner = _planner(pipe_or_model, config)
+    tracker: Tracker | None = None
     done: list[nn.Module] = []
     try:
         for module, path, family in parts:
             forward = Forward(module, family, config, path)
             forward.stages()  # an unexpected structure fails here, not at the first step
+            if settings is not None and forward.is_denoiser:
+                tracker = tracker or Tracker(settings, pipe_or_model)
+                attach(forward, tracker)
             swap(module, forward)
             done.append(module)
             if planner is not None:
                 planner.attach(forward)
+        if settings is not None and tracker is None:
+            raise ValueError(
+                f"rehash: {type(pipe_or_model).__name__} has no supported denoiser to step"
+            )
+        if quality_floor is not None and tracker is not None:
+            gate.install(pipe_or_model, tracker, quality_floor)
     except BaseException:
+        if tracker is not None:
+            tracker.release()
         for module in reversed(done):
             restore(module)
         raise
+    return pipe_or_model
+
+
+def _rehash(given: Rehash | str | Path | None) -> Rehash | None:
+    """The settings of the cut along time."""
+    from accelrt.steps.auto import CONSERVATIVE
+    from accelrt.steps.rehash import Rehash
+
+    if given is None or isinstance(given, Rehash):
+        return given
+    if given == "auto":
+        return CONSERVATIVE
+    if isinstance(given, (str, Path)):
+        return Rehash.load(given)
+    raise ValueError(f"rehash is {given!r}; allowed: a Rehash, the path of a file, 'auto', None")
+
+
+def reset(pipe_or_model: Any) -> Any:
+    """Forget what step policies keep of requests, and return the same object.
+
+    A request that runs goes on, and is computed anew from its next step. Not needed between
+    requests: each begins with nothing.
+
+    Raises:
+        ValueError: if nothing in it is wrapped.
+    """
+    found = forwards(pipe_or_model)
+    if not found:
+        raise ValueError(f"{type(pipe_or_model).__name__} is not wrapped; call accelrt.wrap first")
+    for _, forward in found:
+        if forward.stepper is not None:
+            forward.stepper.tracker.reset()
     return pipe_or_model
 
 
@@ -163,6 +236,11 @@ def unwrap(pipe_or_model: Any) -> Any:
         raise ValueError(f"{type(pipe_or_model).__name__} is not wrapped")
     for module in wrapped:
         forward = find(module)
+        if forward is not None and forward.stepper is not None:
+            from accelrt.quality import gate
+
+            gate.release(forward.stepper.tracker)
+            forward.stepper.tracker.release()
         if forward is not None and forward.planner is not None:
             forward.planner.release()
         restore(module)

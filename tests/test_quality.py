@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import model_zoo as zoo
@@ -17,6 +18,7 @@ from accelrt.quality import compare, psnr, relative_error, ssim
 from accelrt.quality import compare as compare_function
 from accelrt.quality.compare import steps_per_comparison
 from accelrt.quality.observe import captured_latents, pictures, silent_steps
+from accelrt.steps import Interval, Policy, Rehash, Reuse, Schedule, Taylor
 
 DIT_CALL = {"class_labels": [3, 77], "num_inference_steps": 3}
 
@@ -176,6 +178,89 @@ def test_compare_video() -> None:
     assert result.latent_error is not None
     assert result.latent_error < 1e-4
     json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_compare_with_fewer_computed_steps() -> None:
+    pipe = zoo.dit_pipeline()
+    rehash = Rehash(Schedule((0, 1, 2, 4), steps=6), Taylor(1), "out")
+    call = {**DIT_CALL, "num_inference_steps": 6}
+    seen: list[tuple[str, int, int]] = []
+    result = compare(pipe, call, rehash=rehash, repeats=2, on_progress=lambda *a: seen.append(a))
+    assert not accelrt.is_wrapped(pipe)
+    assert result.restored
+    assert result.rehash == rehash.to_dict()
+    assert result.computed_stages == pytest.approx(4 / 6)
+    assert result.cache_bytes > 0
+    assert result.latent_error is not None
+    assert 1e-4 < result.latent_error < 0.5
+    assert 20 < result.psnr_db < 90
+    # The wrapped side's memory is that of a whole call.
+    assert seen[-8:] == [
+        *(("accelrt: memory", i, 6) for i in range(1, 7)),
+        ("stock: memory", 1, 2), ("stock: memory", 2, 2),
+    ]  # fmt: skip
+    assert len(seen) == steps_per_comparison(pipe, call, 2, rehash=True)
+    plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert Rehash.from_dict(plain["rehash"]) == rehash
+    assert plain["computed_stages"] == result.computed_stages
+    assert plain["cache_bytes"] == result.cache_bytes
+
+
+def test_compare_tells_many_computed_steps_from_few() -> None:
+    pipe = zoo.dit_pipeline()
+    call = {**DIT_CALL, "num_inference_steps": 8}
+    many, few = (
+        compare(pipe, call, rehash=Rehash(Interval(every), Reuse(), "out"), repeats=1)
+        for every in (2, 8)
+    )
+    assert many.psnr_db > few.psnr_db + 1
+    assert many.computed_stages == pytest.approx(5 / 8)
+    assert few.computed_stages == pytest.approx(3 / 8)
+
+
+def test_compare_without_a_cut_computes_every_step() -> None:
+    result = compare(zoo.dit_pipeline(), DIT_CALL, repeats=1)
+    assert result.rehash is None
+    assert result.computed_stages == 1.0
+    assert result.cache_bytes == 0
+
+
+def test_compare_reads_the_file_of_a_schedule(tmp_path: Path) -> None:
+    rehash = Rehash(Interval(2, 1), Reuse())
+    rehash.save(tmp_path / "schedule.json")
+    result = compare(zoo.dit_pipeline(), DIT_CALL, rehash=tmp_path / "schedule.json", repeats=1)
+    assert result.rehash == rehash.to_dict()
+    assert result.computed_stages == pytest.approx(2 / 3)
+    with pytest.raises(OSError, match=r"none\.json"):
+        compare(zoo.dit_pipeline(), DIT_CALL, rehash=tmp_path / "none.json")
+
+
+class Mine(Policy):
+    """A policy that cannot be written down."""
+
+    def fixed(self, step: int, steps: int | None) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("rehash", "message"),
+    [
+        (Rehash(Schedule((0, 1), steps=4)), "made for 4 steps, not for 3"),
+        (Rehash(Schedule((0, 7))), "step 7 is none of 3 steps"),
+        (Rehash(boundary="nowhere"), "no stage or group is called 'nowhere'"),
+        (Rehash(Mine()), "Mine is not one of ours"),
+        (3, "rehash is 3; allowed"),
+    ],
+)
+def test_compare_refuses_a_cut_before_any_work(rehash: Any, message: str) -> None:
+    pipe = zoo.dit_pipeline()
+
+    def never(*_: Any) -> None:
+        raise AssertionError("a step has run")
+
+    with pytest.raises(ValueError, match=message):
+        compare(pipe, DIT_CALL, rehash=rehash, on_progress=never)
+    assert not accelrt.is_wrapped(pipe)
 
 
 def test_compare_notices_what_an_unwrap_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ import typer
 
 import accelrt
 from accelrt.cli.bench import bench
+from accelrt.cli.calibrate import calibrate
+from accelrt.cli.compare import compare
 from accelrt.cli.demo import demo
 from accelrt.cli.doctor import doctor
 from accelrt.cli.errors import set_debug
@@ -16,8 +18,9 @@ from accelrt.cli.plan import plan
 EPILOG = (
     "Exit codes: 0 done; 1 the finding is negative (`doctor`: not usable here; `demo`: an "
     "unwrapped pipeline differs from the stock one; `bench`: an error is above the rule's "
-    "bound, or a budget was not kept); 2 wrong arguments, missing files or an unsupported "
-    "model; 130 interrupted."
+    "bound, or a budget was not kept; `compare`: PSNR is below --min-psnr, or an unwrapped "
+    "pipeline differs; `calibrate`: the target was not reached); 2 wrong arguments, missing "
+    "files or an unsupported model; 130 interrupted."
 )
 
 app = typer.Typer(
@@ -58,6 +61,14 @@ app.command(
     epilog="Exit codes: 0 done; 1 a wrapped model's error is above the rule's bound, or a "
     "budget was not kept; 2 wrong arguments or an unsupported model."
 )(bench)
+app.command(
+    epilog="Exit codes: 0 done; 1 the mean PSNR is below --min-psnr, or an unwrapped pipeline "
+    "differs from the stock one; 2 wrong arguments, missing files or an unsupported model."
+)(compare)
+app.command(
+    epilog="Exit codes: 0 done; 1 the target was not reached, but the closest schedule written; "
+    "2 wrong arguments, missing files or an unsupported model."
+)(calibrate)
 app.command(epilog="Exit codes: 0 done; 2 a budget that cannot be met, or wrong arguments.")(plan)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from accelrt.config import Config
 from accelrt.groups import State
 from accelrt.groups.recognise import is_plain
+from accelrt.steps.boundary import Boundary
 
 from .stages import Stage
 
@@ -51,6 +52,8 @@ class Family(ABC):
     #: Dimensions that the input must have; ``None`` if the stages take any that stock takes.
     dimensions: int | None = None
     lora_scale_kwargs: str | None = None
+    #: Earlier stages push skips that later ones pop.
+    has_skips = False
 
     @abstractmethod
     def begin(self, model: nn.Module, inputs: dict[str, Any]) -> State:
@@ -92,6 +95,27 @@ class Family(ABC):
 
         Arguments that keep their defaults may be left out.
         """
+        return None
+
+    def frames_of(self, inputs: dict[str, Any]) -> int:
+        """Frames per sample."""
+        return 1
+
+    def latents(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """What of the input the scheduler steps: guidance halves have the same."""
+        x: Tensor = inputs[self.input_name]
+        return x
+
+    def adds_to_skips(self, inputs: dict[str, Any]) -> bool:
+        """A call whose later stages add to the skips that earlier ones made."""
+        return False
+
+    def default_boundary(self, stages: Sequence[Stage]) -> Boundary:
+        """What a step policy leaves out if it is not told: all but the output."""
+        return Boundary(stages[-2].name)
+
+    def published_boundary(self, stages: Sequence[Stage]) -> Boundary | None:
+        """What Step Rehash leaves out, if the model has temporal layers in its last up block."""
         return None
 
     def declines(self, model: nn.Module, inputs: dict[str, Any]) -> str:

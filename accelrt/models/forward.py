@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from accelrt.config import Config
 from accelrt.groups.slicing import current_probe
 from accelrt.memory.arena import Arena, activate
+from accelrt.steps.session import Step
+from accelrt.steps.stepper import Stepper
 
 from .family import Family, random_modules
 from .stages import Observer, Stage, execute
@@ -32,6 +34,7 @@ class Cut:
         arena: where the buffers of the groups live, or ``None``.
         offsets: of those buffers in the arena, in the order of their making.
         slab_bytes: that the arena needs for them.
+        step: that the call is of, where steps are cut along time.
     """
 
     stages: tuple[Stage, ...]
@@ -39,6 +42,7 @@ class Cut:
     arena: Arena | None = None
     offsets: tuple[int, ...] = ()
     slab_bytes: int = 0
+    step: Step | None = None
 
     def placed(
         self, arena: Arena | None, offsets: tuple[int, ...] = (), slab_bytes: int = 0
@@ -60,7 +64,8 @@ def placing(cut: Cut) -> Iterator[None]:
         return
     try:
         arena.reserve(cut.slab_bytes)
-        arena.schedule(cut.offsets)
+        # Steps that leave stages out make other buffers: they go where they fit.
+        arena.schedule(cut.offsets if cut.step is None else None)
         arena.begin()
         with activate(arena):
             yield
@@ -119,6 +124,7 @@ class Forward:
         self._structure: tuple[Any, ...] | None = None
         self._stages: tuple[Stage, ...] = ()
         self.planner: Planner | None = None
+        self.stepper: Stepper | None = None
         self._random: list[nn.Module] = []
         self._signature = inspect.signature(type(module).forward)
         self.__name__ = "forward"
@@ -204,6 +210,8 @@ class Forward:
                 self.planner.skipped(self, self.stock_reason)
             return stock(module, *args, **kwargs)
         run = _run if self.family.lora_scale_kwargs is None else _scaled(self.family)
+        if self.stepper is not None:
+            return self._stepped(run, module, inputs)
         cut = Cut(self._stages, self.config)
         if self.planner is not None and not torch.compiler.is_compiling():
             cut = self.planner.cut(self, inputs)
@@ -213,6 +221,20 @@ class Forward:
             finally:
                 self.planner.done(self)
         return run(module, self, cut, **inputs)
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
+    def _stepped(self, run: Any, module: nn.Module, inputs: dict[str, Any]) -> Any:
+        """The call at its step of a request; not traced, since it differs from step to step."""
+        assert self.stepper is not None
+        cut = Cut(self._stages, self.config, step=self.stepper.enter(self, inputs))
+        if self.planner is None:
+            return run(module, self, cut, **inputs)
+        cut = replace(self.planner.cut(self, inputs), step=cut.step)
+        self._stages = cut.stages
+        try:
+            return run(module, self, cut, **inputs)
+        finally:
+            self.planner.done(self)
 
     def _declines(self, module: nn.Module, inputs: dict[str, Any]) -> str:
         reason = self.family.declines(module, inputs)
@@ -227,20 +249,20 @@ class Forward:
         module, family = self.module, self.family
         parts = family.parts(module, inputs, cut.config)
         if len(parts) == 1:
-            return family.result(module, inputs, self._part(cut, inputs))
+            return family.result(module, inputs, self._part(cut, inputs, 0))
         out: Tensor | None = None
         whole: Tensor = inputs[family.input_name]
         rows = parts[0][family.input_name].shape[0]
         probe = current_probe(whole)
         if probe is not None:  # all passes are alike
             probe.repeats *= len(parts)
-            y = self._part(cut, parts[0])
+            y = self._part(cut, parts[0], 0)
             probe.repeats //= len(parts)
             out = y.new_empty((whole.shape[0], *y.shape[1:]))
             probe.left_out_bytes += out.numel() * out.element_size()
             return family.result(module, inputs, out)
         for index in range(len(parts)):
-            y = self._part(cut, parts[index])
+            y = self._part(cut, parts[index], index * rows)
             if out is None:
                 out = y.new_empty((whole.shape[0], *y.shape[1:]))
             out[index * rows : index * rows + y.shape[0]] = y
@@ -248,10 +270,12 @@ class Forward:
         assert out is not None
         return family.result(module, inputs, out)
 
-    def _part(self, cut: Cut, inputs: dict[str, Any]) -> Tensor:
-        """The output for one of the calls that a call is cut into."""
+    def _part(self, cut: Cut, inputs: dict[str, Any], first: int) -> Tensor:
+        """The output for one of the calls that a call is cut into, from its row ``first``."""
         module, family = self.module, self.family
         with placing(cut):
+            if cut.step is not None and self.stepper is not None:
+                return self.stepper.run(self, cut, inputs, cut.step, first)
             state = execute(cut.stages, family.begin(module, inputs), self.observer)
             return family.finish(module, state)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from accelrt.config import Config
@@ -63,6 +64,28 @@ def split_inputs(
             }
         )
     return parts
+
+
+def some_rows(
+    inputs: dict[str, Any], batch: int, rows: Sequence[int], *, frames: int = 1
+) -> dict[str, Any] | str:
+    """The inputs of a call for some of its samples, or why that is not known.
+
+    What belongs to samples is told as by :func:`split_inputs`; the rows are copied.
+
+    Args:
+        inputs: the arguments of the call by name.
+        batch: samples in the call.
+        rows: which of them, in order.
+        frames: frames per sample.
+    """
+    if len(rows) == batch:
+        return inputs
+    for name, value in inputs.items():
+        reason = _reason(name, value, batch, frames)
+        if reason:
+            return reason
+    return {name: _chosen(value, rows, batch, frames) for name, value in inputs.items()}
 
 
 def sample_passes(
@@ -127,4 +150,21 @@ def _part(value: Any, start: int, stop: int, batch: int, frames: int) -> Any:
         return {key: _part(item, start, stop, batch, frames) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)([_part(item, start, stop, batch, frames) for item in value])
+    return value
+
+
+def _chosen(value: Any, rows: Sequence[int], batch: int, frames: int) -> Any:
+    """Some samples' rows of a value without a reason."""
+    if isinstance(value, Tensor):
+        if value.dim() == 0 or value.shape[0] == 1:
+            return value
+        each = 1 if value.shape[0] == batch else frames
+        index = torch.tensor(rows, device=value.device)
+        if each > 1:
+            index = (index[:, None] * each + torch.arange(each, device=value.device)).flatten()
+        return value.index_select(0, index)
+    if isinstance(value, dict):
+        return {key: _chosen(item, rows, batch, frames) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_chosen(item, rows, batch, frames) for item in value])
     return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from accelrt.groups.independence import mixes_samples
 from accelrt.groups.recognise import is_plain
 from accelrt.groups.resnet import ResnetGroup
 from accelrt.groups.sampling import DownsampleGroup, UpsampleGroup, last_upsampler
+from accelrt.steps.boundary import Boundary
 
 from .family import Family
 from .passes import split_inputs
@@ -62,7 +63,46 @@ def unet_passes(
     return [inputs] if isinstance(parts, str) else parts
 
 
-class UNet(Family):
+_RESIDUALS = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+)
+
+
+class SkipFamily(Family):
+    """What step policies must know of a UNet."""
+
+    has_skips = True
+
+    def adds_to_skips(self, inputs: dict[str, Any]) -> bool:
+        """Residuals of a ControlNet or features of a T2I-Adapter are given."""
+        return any(inputs.get(name) is not None for name in _RESIDUALS)
+
+    def default_boundary(self, stages: Sequence[Stage]) -> Boundary:
+        """All but the last layer of the last up block, whose skip the first convolution makes."""
+        last = stages[-2]
+        resnets = [i for i, group in enumerate(last.groups) if _is_resnet(group)]
+        if len(resnets) < 2:
+            return super().default_boundary(stages)
+        return Boundary(last.groups[resnets[-1] - 1].name)
+
+    def published_boundary(self, stages: Sequence[Stage]) -> Boundary | None:
+        """From the first convolution to the first temporal layer of the last up block."""
+        names = [group.name for group in stages[-2].groups]
+        temporal = [name for name in names if self.is_temporal(name)]
+        return Boundary(temporal[0], first=stages[1].name) if temporal else None
+
+    def is_temporal(self, name: str) -> bool:
+        """Whether a group of that name mixes frames."""
+        return ".motion_modules." in name
+
+
+def _is_resnet(group: Group) -> bool:
+    return ".resnets." in group.name and getattr(group, "joins", False)
+
+
+class UNet(SkipFamily):
     """A UNet of diffusers; a family names its block classes and its layers.
 
     A block whose class is not named, or that has hooks, is one group that runs as it came.
@@ -99,10 +139,6 @@ class UNet(Family):
         """``samples_per_pass`` at a time, where samples do not look at each other."""
         known = (*self.down_classes, *self.mid_classes, *self.up_classes)
         return unet_passes(model, inputs, config, self.frames_of(inputs), known)
-
-    def frames_of(self, inputs: dict[str, Any]) -> int:
-        """Frames per sample."""
-        return 1
 
     def begin(self, model: nn.Module, inputs: dict[str, Any]) -> State:
         """Notes whether upsamplers must aim at the sizes of the skips."""

@@ -29,9 +29,9 @@ from accelrt.groups.sampling import DownsampleGroup, UpsampleGroup, last_upsampl
 from accelrt.groups.spatio_temporal import SpatioTemporalTransformerGroup
 from accelrt.groups.temporal_resnet import resnet_containers, spatio_temporal_resnet
 
-from .family import CallShape, Family, meta, register, without_guidance
+from .family import CallShape, meta, register, without_guidance
 from .stages import Stage
-from .unet import unet_passes
+from .unet import SkipFamily, unet_passes
 from .unet_parts import PushGroup, StockDownGroup, StockMidGroup, StockUpGroup
 
 _DOWN = (DownBlockSpatioTemporal, CrossAttnDownBlockSpatioTemporal)
@@ -168,7 +168,7 @@ def _up_stage(
     return Stage(name, tuple(groups))
 
 
-class UNetSpatioTemporal(Family):
+class UNetSpatioTemporal(SkipFamily):
     """The UNet of Stable Video Diffusion: every layer has a spatial and a temporal half."""
 
     dimensions = 5
@@ -189,8 +189,23 @@ class UNetSpatioTemporal(Family):
         self, model: nn.Module, inputs: dict[str, Any], config: Config
     ) -> list[dict[str, Any]]:
         """``samples_per_pass`` at a time, where samples do not look at each other."""
-        frames = inputs["sample"].shape[1]
+        frames = self.frames_of(inputs)
         return unet_passes(model, inputs, config, frames, (*_DOWN, *_MID, *_UP))
+
+    def frames_of(self, inputs: dict[str, Any]) -> int:
+        """Frames are the second axis."""
+        frames: int = inputs["sample"].shape[1]
+        return frames
+
+    def latents(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Without the channels of the given picture."""
+        unet: Any = model
+        sample: Tensor = inputs["sample"]
+        return sample[:, :, : unet.config.out_channels]
+
+    def is_temporal(self, name: str) -> bool:
+        """Transformers have a temporal half."""
+        return ".attentions." in name
 
     def begin(self, model: nn.Module, inputs: dict[str, Any]) -> State:
         """Frames, and whether upsamplers must aim at the sizes of the skips."""

@@ -23,6 +23,7 @@ from accelrt.models.forward import Cut, Forward
 from .clone import Double, double_of, fingerprint, inputs_on_meta
 from .component import plan_component
 from .cost import machine
+from .dryrun import MetaKernels
 from .plan import ComponentPlan
 from .resident import free_bytes, resident_bytes, workspace_bytes
 from .search import Found, Model
@@ -204,6 +205,9 @@ class BudgetPlanner:
     def _plan(self, forward: Forward, inputs: dict[str, Any]) -> _Planned:
         limit, apart = self._limit(forward, inputs)
         device = device_of(tensors_of(inputs))
+        kept = self._kept_features(forward, inputs)
+        if limit is not None:
+            limit, apart = limit - kept, apart + kept
         plan, model, found = self._search(forward, inputs, device, limit, apart)
         cut = model.configure(forward, found.setting, found.chosen)
         if device.type == "meta":
@@ -221,13 +225,22 @@ class BudgetPlanner:
     ) -> tuple[ComponentPlan, Model, Found]:
         floating = (t.dtype for t in tensors_of(inputs) if t.is_floating_point())
         rates = machine(device, next(floating, torch.float32))
+        double, on_meta = self._double(forward), inputs_on_meta(inputs)
+        return plan_component(double, on_meta, self.config, rates, device, limit, apart)
+
+    def _double(self, forward: Forward) -> Forward:
         if id(forward) not in self._doubles:
             self._doubles[id(forward)] = double_of(
                 forward.module, forward.family, self.config, forward.path
             )
-        double = self._doubles[id(forward)].forward
-        on_meta = inputs_on_meta(inputs)
-        return plan_component(double, on_meta, self.config, rates, device, limit, apart)
+        return self._doubles[id(forward)].forward
+
+    def _kept_features(self, forward: Forward, inputs: dict[str, Any]) -> int:
+        """Bytes that a step policy keeps from step to step, which is not in any plan."""
+        if forward.stepper is None:
+            return 0
+        with torch.no_grad(), MetaKernels():
+            return forward.stepper.cache_bytes(self._double(forward), inputs_on_meta(inputs))
 
     def _look_ahead(self, forward: Forward, inputs: dict[str, Any]) -> None:
         """Refuse now what a later model of the same request could not keep.

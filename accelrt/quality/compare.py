@@ -8,7 +8,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +20,18 @@ from accelrt.config import Config
 from accelrt.memory.tracker import track_peak
 from accelrt.quality.metrics import psnr, relative_error, ssim
 from accelrt.quality.observe import captured_latents, pictures, silent_steps, weight_bytes
-from accelrt.wrap import is_wrapped, summary, unwrap, wrap
+from accelrt.steps.origin import check_origin
+from accelrt.steps.report import StepsReport, steps_report
+from accelrt.steps.session import Tracker
+from accelrt.wrap import forwards, is_wrapped, summary, unwrap, wrap
 
 if TYPE_CHECKING:
     from accelrt.report import Summary
+    from accelrt.steps.rehash import Rehash
 
 MEMORY_STEPS = 2
+# Arguments with which the number of steps is another than the one asked for.
+_OWN_STEPS = {"timesteps", "sigmas", "strength"}
 
 # What is running, denoising steps done, and steps of this run.
 Progress = Callable[[str, int, int], None]
@@ -70,6 +78,11 @@ class Comparison:
         restored_runs: number of those runs.
         config: settings of the wrap.
         groups: which operator groups were fused, sliced or left alone.
+        rehash: settings of the cut along time, as :meth:`accelrt.steps.Rehash.to_dict`;
+            ``None`` where every step was computed.
+        computed_stages: share of the stages that the cut leaves out which ran all the same,
+            over the samples of all steps; 1 without ``rehash``.
+        cache_bytes: most that the features kept for predictions took.
     """
 
     pipeline: str
@@ -89,6 +102,9 @@ class Comparison:
     restored_runs: int
     config: Config
     groups: Summary
+    rehash: dict[str, Any] | None = None
+    computed_stages: float = 1.0
+    cache_bytes: int = 0
 
     @property
     def speedup(self) -> float:
@@ -131,6 +147,9 @@ class Comparison:
             "restored_runs": self.restored_runs,
             "config": self.config.to_dict(),
             "groups": self.groups.to_dict(),
+            "rehash": _plain(self.rehash),
+            "computed_stages": self.computed_stages,
+            "cache_bytes": self.cache_bytes,
         }
 
 
@@ -167,6 +186,7 @@ def compare(
     call: Mapping[str, Any],
     *,
     config: Config | None = None,
+    rehash: Rehash | str | Path | None = None,
     seed: int = 0,
     repeats: int = 3,
     on_progress: Progress | None = None,
@@ -178,12 +198,16 @@ def compare(
     between: stock, wrapped, wrapped, stock, and so on, so that a drift of the machine's
     speed falls on both. A run is timed alone, after a short untimed one that pays for
     what only the first call after a wrap does. Memory is measured in separate short
-    calls. The stock runs after an unwrap prove that unwrapping restores the pipeline.
+    calls; with ``rehash`` that of the wrapped side in a whole one, since what is kept grows
+    from step to step. The stock runs after an unwrap prove that unwrapping restores the
+    pipeline.
 
     Args:
         pipe: an unwrapped diffusers pipeline.
         call: keywords of its call, without ``generator`` and ``output_type``.
         config: settings for :func:`accelrt.wrap`.
+        rehash: the cut along time, as for :func:`accelrt.wrap`; the stock side computes every
+            step.
         seed: of the CPU generator that every run starts from.
         repeats: timed runs of each side, at least 1.
         on_progress: called as ``on_progress(what, steps_done, steps)``.
@@ -195,6 +219,7 @@ def compare(
     Raises:
         UnsupportedModelError: nothing in the pipeline can be wrapped.
         ValueError: it is wrapped already, takes no generator, or an argument is wrong.
+        OSError: the file of ``rehash`` cannot be read.
     """
     if not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"compare: repeats is {repeats!r}; allowed: an integer >= 1")
@@ -202,21 +227,24 @@ def compare(
         raise ValueError("compare: the pipeline is wrapped; call accelrt.unwrap first")
     config = (config or Config()).override(**overrides)
     # Fails here, before any work, if the pipeline or its call is not one that we can compare.
-    unwrap(wrap(pipe, config=config))
     runner = _Runner(pipe, call, seed, on_progress)
+    rehash = _fits(pipe, call, config, rehash, runner.steps(call))
     sides = {"stock": _Runs(), "accelrt": _Runs()}
+    steps: StepsReport | None = None
     try:
         for wrapped, what in _order(repeats):
-            _switch(pipe, wrapped, config)
+            _switch(pipe, wrapped, config, rehash)
             runner.timed(sides["accelrt" if wrapped else "stock"], what)
+            steps = _steps(pipe) or steps
         for wrapped in (True, False):
-            _switch(pipe, wrapped, config)
+            _switch(pipe, wrapped, config, rehash)
             name = "accelrt" if wrapped else "stock"
-            sides[name].peak_bytes = runner.peak(f"{name}: memory")
+            whole = wrapped and rehash is not None
+            sides[name].peak_bytes = runner.peak(f"{name}: memory", whole=whole)
             if wrapped:
                 groups = summary(pipe)
     finally:
-        _switch(pipe, False, config)
+        _switch(pipe, False, config, rehash)
     stock, ours = sides["stock"].side(), sides["accelrt"].side()
     big_enough = min(stock.pictures.shape[-2:]) >= 11
     return Comparison(
@@ -241,14 +269,59 @@ def compare(
         restored_runs=sides["stock"].restored,
         config=config,
         groups=groups,
+        rehash=None if steps is None else steps.settings,
+        computed_stages=1.0 if steps is None else steps.computed_share,
+        cache_bytes=0 if steps is None else steps.cache_bytes,
     )
 
 
-def steps_per_comparison(pipe: Any, call: Mapping[str, Any], repeats: int) -> int:
-    """Steps that :func:`compare` reports to ``on_progress`` in all."""
+def steps_per_comparison(
+    pipe: Any, call: Mapping[str, Any], repeats: int, *, rehash: bool = False
+) -> int:
+    """Steps that :func:`compare` reports to ``on_progress`` in all.
+
+    Args:
+        pipe, call, repeats: of the comparison.
+        rehash: whether it has a cut along time.
+    """
     runner = _Runner(pipe, call, 0, None)
-    full = runner.steps(call)
-    return len(_order(repeats)) * full + 2 * runner.steps(runner.short)
+    full, short = runner.steps(call), runner.steps(runner.short)
+    return len(_order(repeats)) * full + short + (full if rehash else short)
+
+
+def _fits(
+    pipe: Any,
+    call: Mapping[str, Any],
+    config: Config,
+    rehash: Rehash | str | Path | None,
+    steps: int,
+) -> Rehash | None:
+    """The cut along time, read; refuses, before any work, what the pipeline cannot be run with."""
+    wrap(pipe, config=config, rehash=rehash)
+    try:
+        tracker = _tracker(pipe)
+        if tracker is None:
+            return None
+        tracker.rehash.to_dict()  # of a policy of the user's own it says that it cannot
+        scheduler = getattr(pipe, "scheduler", None)
+        if getattr(scheduler, "order", 1) == 1 and not _OWN_STEPS & set(call):
+            if tracker.rehash.origin is not None:
+                check_origin(tracker.rehash.origin, tracker.model(), scheduler, steps)
+            tracker.rehash.policy.check(steps)
+        return tracker.rehash
+    finally:
+        unwrap(pipe)
+
+
+def _tracker(pipe: Any) -> Tracker | None:
+    """What follows the requests of a wrapped pipeline whose steps are cut."""
+    found = (forward.stepper for _, forward in forwards(pipe))
+    return next((stepper.tracker for stepper in found if stepper is not None), None)
+
+
+def _steps(pipe: Any) -> StepsReport | None:
+    tracker = _tracker(pipe)
+    return None if tracker is None else steps_report(tracker)
 
 
 def _order(repeats: int) -> list[tuple[bool, str]]:
@@ -262,9 +335,9 @@ def _order(repeats: int) -> list[tuple[bool, str]]:
     return order
 
 
-def _switch(pipe: Any, wrapped: bool, config: Config) -> None:
+def _switch(pipe: Any, wrapped: bool, config: Config, rehash: Rehash | None) -> None:
     if wrapped and not is_wrapped(pipe):
-        wrap(pipe, config=config)
+        wrap(pipe, config=config, rehash=rehash)
     elif not wrapped and is_wrapped(pipe):
         unwrap(pipe)
 
@@ -319,7 +392,10 @@ class _Runner:
 
     def timed(self, runs: _Runs, what: str) -> None:
         """A short warm-up, then a timed run whose output is kept or compared."""
-        self.run(self.short)
+        tracker = _tracker(self.pipe)
+        # A schedule is for its own number of steps.
+        with nullcontext() if tracker is None else tracker.paused():
+            self.run(self.short)
         gc.collect()
         with captured_latents(self.pipe) as found:
             began = time.perf_counter()
@@ -328,11 +404,11 @@ class _Runner:
         latents = torch.cat([part.detach().cpu() for part in found]) if found else None
         runs.keep(output, latents)
 
-    def peak(self, what: str) -> int:
-        """Peak live bytes that a short call allocates."""
+    def peak(self, what: str, *, whole: bool) -> int:
+        """Peak live bytes that a short call allocates, or a whole one."""
         gc.collect()
         with track_peak() as memory:
-            self.run(self.short, what)
+            self.run(self.call if whole else self.short, what)
         return int(memory.peak_bytes)
 
 

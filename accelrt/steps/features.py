@@ -1,0 +1,131 @@
+"""What is kept of computed steps: features at a boundary, in slots that are used in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from accelrt import ops
+
+
+def rows_of(x: Tensor, batch: int) -> Tensor:
+    """``[B, M]`` of hidden states ``[N, C, H, W]`` (channels-last) or ``[B, S, D]``.
+
+    A view, unless the layout is another.
+    """
+    if x.dim() == 4:
+        x = x.permute(0, 2, 3, 1)
+    return x.reshape(batch, -1)
+
+
+def shaped(rows: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of :func:`rows_of`, as a view."""
+    if len(shape) != 4:
+        return rows.view(shape)
+    images, channels, height, width = shape
+    return rows.view(images, height, width, channels).permute(0, 3, 1, 2)
+
+
+@dataclass
+class Unit:
+    """Samples that are decided together: one sample, with its guidance half if it has one.
+
+    Args:
+        rows: of the batch.
+        times: of the steps whose features are kept, with their slots, the latest last.
+        drift: changes of the indicator since the last computed step, added up.
+        consecutive: predicted steps since then.
+    """
+
+    rows: tuple[int, ...]
+    times: list[tuple[float, int]] = field(default_factory=list)
+    drift: float = 0.0
+    consecutive: int = 0
+
+    def slot(self, time: float, points: int) -> int:
+        """The slot for features of ``time``: a free one, or that of the oldest.
+
+        A step at the time of the latest (some solvers evaluate it twice) takes its place:
+        no slope could be drawn between them.
+        """
+        for index, (old, slot) in enumerate(self.times):
+            if old == time:
+                del self.times[index:]
+                return slot
+        if len(self.times) >= points:
+            return self.times[0][1]
+        taken = {slot for _, slot in self.times}
+        return next(slot for slot in range(points) if slot not in taken)
+
+    def keep(self, time: float, slot: int) -> None:
+        """Features of ``time`` are in ``slot`` now."""
+        self.times = [(t, s) for t, s in self.times if s != slot]
+        self.times.append((time, slot))
+        self.drift, self.consecutive = 0.0, 0
+
+
+class Slots:
+    """Tensors of one kind of feature: ``[points, B, M]``, memory of its own.
+
+    Args:
+        like: the feature ``[N, C, H, W]`` or ``[B, S, D]``.
+        batch: ``B``.
+        points: slots.
+    """
+
+    def __init__(self, like: Tensor, batch: int, points: int) -> None:
+        self.shape = like.shape
+        self.batch = batch
+        self.data = like.new_empty((points, batch, like.numel() // batch))
+
+    @property
+    def bytes(self) -> int:
+        """Of all slots."""
+        return self.data.numel() * self.data.element_size()
+
+    def put(self, slot: int, x: Tensor, rows: Tensor | None, minus: Tensor | None = None) -> None:
+        """Keep the feature of all rows, or of some; of a residual stream its growth."""
+        part = rows_of(x, self.batch if rows is None else rows.numel())
+        if minus is not None:
+            if rows is None:
+                torch.sub(part, minus, out=self.data[slot])
+                return
+            part = part - minus
+        if rows is None:
+            self.data[slot].copy_(part)
+        else:
+            self.data[slot].index_copy_(0, rows, part)
+
+    def alone(self, slot: int) -> Tensor:
+        """One slot as a feature, without a copy: whoever takes it must not write to it."""
+        return shaped(self.data[slot], self.shape)
+
+    def sum(self, weights: Tensor, base: Tensor | None = None) -> Tensor:
+        """``base + sum_k w[b, k] f_k`` as a new feature, or written over ``base``.
+
+        Args:
+            weights: float32 ``[B, points]``; a slot of weight 0 is not read.
+            base: ``[B, M]``, contiguous.
+        """
+        out = ops.weighted_sum(self.data, weights, base=base, out=base)
+        return shaped(out, self.shape)
+
+
+def weight_rows(
+    units: Sequence[Unit], per_unit: Sequence[Sequence[float] | None], batch: int, points: int
+) -> tuple[tuple[float, ...], ...]:
+    """Weights by slot for each row of the batch; zeros for units that have none."""
+    zeros = (0.0,) * points
+    rows = [zeros] * batch
+    for unit, weights in zip(units, per_unit, strict=True):
+        if weights is None:
+            continue
+        line = [0.0] * points
+        for (_, slot), weight in zip(unit.times, weights, strict=True):
+            line[slot] = weight
+        for row in unit.rows:
+            rows[row] = tuple(line)
+    return tuple(rows)

@@ -1,0 +1,684 @@
+"""Runs one call of a denoiser at its step: whole, or with predicted features."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from accelrt import ops
+from accelrt.groups import State
+from accelrt.groups.skips import Skip, whole
+from accelrt.groups.state import channels_last
+
+from .boundary import DEFAULT, PUBLISHED, Boundary, Place, Region, begin_of, flat, resolve
+from .features import Slots, Unit, rows_of, shaped, weight_rows
+from .policies import Adaptive, Verified
+from .predictors import Predictor
+from .rehash import Rehash
+from .session import COMPUTED, PREDICTED, REJECTED, Session, Step, Tracker, weights_on
+
+if TYPE_CHECKING:
+    from accelrt.models.forward import Cut, Forward
+
+#: Rows of weights that are kept as tensors.
+KEPT_WEIGHTS = 512
+
+
+@dataclass
+class Store:
+    """What one call of a model keeps from step to step.
+
+    Args:
+        batch: rows.
+        units: samples that are decided together.
+        predictor: that of the settings, or the one that fits under the cap.
+
+    Attributes:
+        slots: of the hidden states at the boundary, then of the skips that are predicted.
+        shared: skips that the earlier stages supply at every step.
+        marks: what the left-out stages noted for later ones.
+        head: ``[B, M]`` in front of the left-out stages, at the step before.
+        checks: slots of the output of the stage that verifies.
+        inputs: shapes of the call that all this is for.
+    """
+
+    batch: int
+    units: list[Unit]
+    predictor: Predictor
+    slots: list[Slots] = field(default_factory=list)
+    shared: int = 0
+    marks: dict[str, bool] = field(default_factory=dict)
+    head: Tensor | None = None
+    checks: Slots | None = None
+    inputs: Any = None
+
+    @property
+    def points(self) -> int:
+        """Steps that are kept."""
+        return self.predictor.points
+
+    @property
+    def bytes(self) -> int:
+        """Of everything that is kept."""
+        slots = [*self.slots, *([] if self.checks is None else [self.checks])]
+        head = 0 if self.head is None else self.head.numel() * self.head.element_size()
+        return sum(s.bytes for s in slots) + head
+
+
+class Stepper:
+    """The cut along time of one model.
+
+    Args:
+        rehash: its settings.
+        tracker: follows the requests.
+    """
+
+    def __init__(self, rehash: Rehash, tracker: Tracker) -> None:
+        self.rehash = rehash
+        self.tracker = tracker
+        self.recorder: Any = None
+        self._begins: dict[tuple[str, ...], int] = {}
+        self._weights: dict[Any, Tensor] = {}
+
+    def check(self, forward: Forward) -> None:
+        """Refuse settings that do not fit a model.
+
+        Raises:
+            ValueError: a boundary that the model does not have, or that does not go with the
+                policy.
+        """
+        self._region(forward, flat(forward.stages()))
+
+    def boundary(self, forward: Forward) -> Boundary:
+        """The boundary of the settings, by its names in the model."""
+        chosen = self.rehash.boundary
+        if isinstance(chosen, Boundary):
+            return chosen
+        stages = forward.stages()
+        family = forward.family
+        if chosen == PUBLISHED:
+            published = family.published_boundary(stages)
+            if published is None:
+                raise ValueError(
+                    f"Step Rehash's own boundary is a temporal layer of a UNet; "
+                    f"{type(forward.module).__name__} has none; allowed: {DEFAULT!r}, or a Boundary"
+                )
+            return published
+        return family.default_boundary(stages)
+
+    def cache_bytes(self, forward: Forward, inputs: dict[str, Any]) -> int:
+        """What the kept features of a request take: told before it runs.
+
+        Args:
+            forward: on a model on the meta device.
+            inputs: arguments of a call, meta tensors among them.
+
+        Raises:
+            ValueError: ``max_cache`` is too small for any predictor.
+        """
+        tracker = Tracker(self.rehash)
+        meta = Stepper(self.rehash, tracker)
+        session = Session()
+        step = Step(session, 0, 0.0, (0, 0))
+        total = 0
+        for part in forward.family.parts(forward.module, inputs, forward.config):
+            places = flat(forward.stages())
+            batch = int(part[forward.family.input_name].shape[0])
+            run = _Run(meta, forward, places, meta._region(forward, places), part, batch)
+            store = Store(batch, [Unit(tuple(range(batch)))], self.rehash.predictor)
+            meta._computed(run, store, step, store.units, None)
+            total += store.bytes
+        return total
+
+    def enter(self, forward: Forward, inputs: dict[str, Any]) -> Step | None:
+        """The step of a call that begins; ``None`` to run it whole."""
+        return self.tracker.enter(id(forward), inputs.get("timestep"))
+
+    def run(
+        self, forward: Forward, cut: Cut, inputs: dict[str, Any], step: Step, first: int
+    ) -> Tensor:
+        """The output of one part of a call.
+
+        Args:
+            forward: of the model.
+            cut: of the call.
+            inputs: of the part.
+            step: that the call belongs to.
+            first: row of the call at which the part begins.
+        """
+        batch = int(inputs[forward.family.input_name].shape[0])
+        places = flat(cut.stages)
+        run = _Run(self, forward, places, self._region(forward, places), inputs, batch)
+        key = (step.key, first)
+        store = step.session.stores.get(key)
+        shapes = _shapes(inputs)
+        if store is not None and store.inputs != shapes:
+            store = None  # guidance was switched on or off, or the size has changed
+        if store is None:
+            units = self._units(forward, inputs, batch)
+            store = Store(batch, units, self.rehash.predictor, inputs=shapes)
+            step.session.stores[key] = store
+        return self._decided(run, store, step)
+
+    # Decisions
+
+    def _decided(self, run: _Run, store: Store, step: Step) -> Tensor:
+        policy, units = self.rehash.policy, store.units
+        fixed = policy.fixed(step.index, step.session.steps)
+        if not store.slots or fixed is True or any(not unit.times for unit in units):
+            return self._all_computed(run, store, step)
+        if fixed is False:
+            self._note(step, [PREDICTED] * len(units))
+            return self._predicted(run, store, step, units, None)
+        assert isinstance(policy, Adaptive)
+        state = run.head()
+        wanted = [unit.consecutive < policy.max_consecutive for unit in units]
+        if policy.watches:
+            changes = self._changes(run, store, state)
+            for unit, change in zip(units, changes, strict=True):
+                unit.drift += change
+            limit = policy.threshold
+            wanted = [w and u.drift < limit for w, u in zip(wanted, units, strict=True)]
+        return self._mixed(run, store, step, state, wanted)
+
+    def _mixed(
+        self, run: _Run, store: Store, step: Step, state: State, wanted: list[bool]
+    ) -> Tensor:
+        """Some units are predicted, if they stand the check; the others are computed."""
+        units = store.units
+        kinds = [PREDICTED if w else COMPUTED for w in wanted]
+        if not any(wanted):
+            self._note(step, kinds)
+            return self._computed(run, store, step, units, state)
+        chosen = [unit for unit, w in zip(units, wanted, strict=True) if w]
+        out: Tensor | None = None
+        if len(chosen) == len(units):
+            out, bad = self._checked(run, store, step, chosen, state)
+        elif run.inputs_of(_rows(chosen)) is None:  # arguments that cannot be told apart by rows
+            self._note(step, [COMPUTED] * len(units))
+            return self._computed(run, store, step, units, state)
+        else:
+            del state
+            part = run.part(_rows(chosen))
+            some, bad = self._checked(part, store, step, chosen, part.head())
+            if some is not None:
+                out = _spread(out, some, _rows(chosen), run.batch)
+        for unit in chosen:
+            unit.consecutive += 1
+        rejected = [unit for unit, b in zip(chosen, bad, strict=True) if b]
+        for unit in rejected:
+            kinds[units.index(unit)] = REJECTED
+        computed = [u for u, kind in zip(units, kinds, strict=True) if kind != PREDICTED]
+        self._note(step, kinds)
+        if not computed:
+            assert out is not None
+            return out
+        if len(computed) == len(units) or run.inputs_of(_rows(computed)) is None:
+            return self._computed(run, store, step, units, run.head())
+        part = run.part(_rows(computed))
+        fresh = self._computed(part, store, step, computed, part.head())
+        return _spread(out, fresh, _rows(computed), run.batch)
+
+    def _checked(
+        self, run: _Run, store: Store, step: Step, units: list[Unit], state: State
+    ) -> tuple[Tensor | None, list[bool]]:
+        """The predicted output of some units, and which of them failed the check.
+
+        There is no output if all of them did.
+        """
+        policy = self.rehash.policy
+        if not isinstance(policy, Verified):
+            return self._predicted(run, store, step, units, state), [False] * len(units)
+        self._supply(run, store, step, units, state)
+        run.stages(state, run.region.end, run.region.check)
+        assert store.checks is not None
+        assert state.hidden is not None
+        weights = self._on_device(self._weights_of(store, step, units), state.hidden.device)
+        expected = rows_of(store.checks.sum(weights), store.batch)
+        if run.rows is not None:
+            expected = expected.index_select(0, run.rows)
+        found = rows_of(state.hidden, run.batch).contiguous()
+        changes = self._per_unit(ops.feature_delta(found, expected), run, units)
+        bad = [not change <= policy.threshold for change in changes]  # a NaN is rejected too
+        if all(bad):
+            return None, bad
+        return run.finish(state, run.region.check), bad
+
+    def _changes(self, run: _Run, store: Store, state: State) -> list[float]:
+        """Change of the head's output since the step before, of each unit."""
+        assert state.hidden is not None
+        assert store.head is not None
+        now = rows_of(state.hidden, run.batch).contiguous()
+        change = ops.feature_delta(now, store.head)
+        store.head.copy_(now)
+        return self._per_unit(change, run, store.units)
+
+    def _per_unit(self, change: Tensor, run: _Run, units: list[Unit]) -> list[float]:
+        """The largest value among the rows of each unit. Waits for the device."""
+        values = change.tolist()
+        at = {row: i for i, row in enumerate(run.numbers)}
+        return [max(values[at[row]] for row in unit.rows) for unit in units]
+
+    def _note(self, step: Step, kinds: Sequence[str]) -> None:
+        step.note(tuple(kinds))
+
+    # Computed steps
+
+    def _all_computed(self, run: _Run, store: Store, step: Step) -> Tensor:
+        self._note(step, [COMPUTED] * len(store.units))
+        return self._computed(run, store, step, store.units, None)
+
+    def _computed(
+        self, run: _Run, store: Store, step: Step, units: list[Unit], state: State | None
+    ) -> Tensor:
+        """Run all stages for some units, and keep what crosses the boundary."""
+        region, policy = run.region, self.rehash.policy
+        if region.begin is None:
+            if policy.watches or self._is_residual(run):
+                return self._computed(self._learned(run), store, step, units, None)
+            state, lowest = self._learning(run)
+            self._keep(run, store, step, units, state, None, lowest)
+            return self._rest(run, store, step, units, state)
+        if state is None:
+            state = run.head()
+        before = None
+        if policy.watches:
+            assert state.hidden is not None
+            now = rows_of(state.hidden, run.batch)
+            if store.head is None:
+                store.head = now.clone() if now.is_contiguous() else now.contiguous()
+            elif run.rows is None:
+                store.head.copy_(now)
+        if self._is_residual(run):
+            assert state.hidden is not None
+            before = rows_of(state.hidden, run.batch).clone()
+        lowest = run.stages(state, region.begin, region.end)
+        self._keep(run, store, step, units, state, before, lowest)
+        del before
+        return self._rest(run, store, step, units, state)
+
+    def _rest(self, run: _Run, store: Store, step: Step, units: list[Unit], state: State) -> Tensor:
+        """The stages after the boundary, at a computed step."""
+        end = run.region.end
+        if self.rehash.policy.verifies:
+            run.stages(state, end, run.region.check)
+            self._keep_check(run, store, step, units, state)
+            end = run.region.check
+        return run.finish(state, end)
+
+    def _learning(self, run: _Run) -> tuple[State, int]:
+        """Run up to the boundary, and learn where the left-out stages begin.
+
+        Returns:
+            The state, and the depth of the stack of skips there.
+        """
+        names = tuple(place.group.name for place in run.places)
+        state = run.head()
+        depths = [len(state.skips)]
+        for index in range(run.region.end):
+            run.stages(state, index, index + 1)
+            depths.append(len(state.skips))
+        self._begins[names] = begin_of(depths, run.region)
+        return state, depths[-1]
+
+    def _learned(self, run: _Run) -> _Run:
+        """The run with a known beginning of the left-out stages, by a pass for nothing else."""
+        self._learning(run)
+        names = tuple(place.group.name for place in run.places)
+        region = run.region
+        return run.at(Region(self._begins[names], region.end, region.least, region.check))
+
+    def _is_residual(self, run: _Run) -> bool:
+        feature = self.rehash.feature
+        if feature == "auto":
+            return not run.forward.family.has_skips and run.region.end < len(run.places)
+        return feature == "residual"
+
+    def _keep(
+        self,
+        run: _Run,
+        store: Store,
+        step: Step,
+        units: list[Unit],
+        state: State,
+        before: Tensor | None,
+        lowest: int,
+    ) -> None:
+        """Copy the features of some units into their slots."""
+        hidden = state.hidden
+        assert hidden is not None
+        if run.forward.family.adds_to_skips(run.inputs):
+            lowest = 0  # what lies on the stack is not what the earlier stages put there
+        skips = state.skips[lowest:]
+        if before is not None and rows_of(hidden, run.batch).shape != before.shape:
+            raise ValueError(
+                "feature 'residual': the left-out stages change the shape of the hidden states; "
+                "allowed here: 'hidden'"
+            )
+        if not store.slots:
+            store.shared = lowest
+            self._make(store, step, [hidden, *map(whole, skips)])
+        store.marks = {k: v for k, v in state.extras.items() if isinstance(v, bool)}
+        if self.recorder is not None:
+            value = rows_of(hidden, run.batch)
+            self.recorder(step, run.numbers, value if before is None else value - before)
+        time = self._time(step)
+        by_slot: dict[int, list[Unit]] = {}
+        for unit in units:
+            by_slot.setdefault(unit.slot(time, store.points), []).append(unit)
+        for slot, some in by_slot.items():
+            for unit in some:
+                unit.keep(time, slot)
+            rows = run.positions(some)
+            for index, slots in enumerate(store.slots):
+                x = hidden if index == 0 else whole(skips[index - 1])
+                base = before if index == 0 else None
+                if rows is None and run.rows is None:
+                    slots.put(slot, x, None, base)
+                    continue
+                part = rows_of(x, run.batch)
+                part = part if base is None else part - base
+                numbers = torch.tensor(_rows(some), device=x.device)
+                chosen = part if rows is None else part.index_select(0, rows)
+                slots.data[slot].index_copy_(0, numbers, chosen)
+
+    def _keep_check(
+        self, run: _Run, store: Store, step: Step, units: list[Unit], state: State
+    ) -> None:
+        """Copy the output of the stage that verifies, into the slots of the features."""
+        hidden = state.hidden
+        assert hidden is not None
+        if store.checks is None:
+            store.checks = Slots(hidden, store.batch, store.points)
+            step.session.cache_bytes = max(step.session.cache_bytes, _kept(step))
+        by_slot: dict[int, list[Unit]] = {}
+        for unit in units:
+            by_slot.setdefault(unit.times[-1][1], []).append(unit)
+        part = rows_of(hidden, run.batch)
+        for slot, some in by_slot.items():
+            rows = run.positions(some)
+            if rows is None and run.rows is None:
+                store.checks.put(slot, hidden, None)
+                continue
+            chosen = part if rows is None else part.index_select(0, rows)
+            numbers = torch.tensor(_rows(some), device=hidden.device)
+            store.checks.data[slot].index_copy_(0, numbers, chosen)
+
+    def _make(self, store: Store, step: Step, features: list[Tensor]) -> None:
+        """Slots for the features, as many as the cap allows.
+
+        Raises:
+            ValueError: not even one set of features fits under ``max_cache``.
+        """
+        policy = self.rehash.policy
+        one = sum(x.numel() * x.element_size() for x in features)
+        if policy.verifies:
+            one += features[0].numel() * features[0].element_size()
+        beside = 0 if store.head is None else store.head.numel() * store.head.element_size()
+        cap = self.rehash.cap
+        if cap is not None and beside + one * store.points > cap:
+            room = max(0, cap - beside) // one
+            if room < 1:
+                raise ValueError(
+                    f"max_cache is {cap} bytes; one step's features take {beside + one}: allow "
+                    f"more, or choose a boundary with smaller ones"
+                )
+            wanted = store.predictor
+            store.predictor = wanted.fewer(room)
+            self.tracker.tell(
+                f"max_cache of {cap} bytes has room for the features of {room} steps: "
+                f"{store.predictor} takes the place of {wanted}"
+            )
+        store.slots = [Slots(x, store.batch, store.points) for x in features]
+        step.session.cache_bytes = max(step.session.cache_bytes, _kept(step))
+
+    # Predicted steps
+
+    def _predicted(
+        self, run: _Run, store: Store, step: Step, units: list[Unit], state: State | None
+    ) -> Tensor:
+        """Run what is not left out, on predicted features, for some units."""
+        if state is None:
+            state = run.head()
+        self._supply(run, store, step, units, state)
+        return run.finish(state, run.region.end)
+
+    def _supply(self, run: _Run, store: Store, step: Step, units: list[Unit], state: State) -> None:
+        """Put predicted features where the left-out stages would have put theirs."""
+        device = store.slots[0].data.device
+        base = None
+        if self._is_residual(run):
+            assert state.hidden is not None
+            base = state.hidden
+            base = rows_of(base if state.writable(base) else base.clone(), run.batch).contiguous()
+        state.hidden = None
+        weights = self._weights_of(store, step, units)
+        alone = _single(weights) if base is None and run.rows is None else None
+        if run.region.end == len(run.places):
+            alone = None  # the output is the caller's, and must not change with the cache
+        found: list[Tensor] = []
+        for index, slots in enumerate(store.slots):
+            if alone is not None:
+                tensor = slots.alone(alone)
+                state.hold(tensor)
+            else:
+                on = self._on_device(weights, device)
+                if base is not None and index == 0 and run.rows is None:
+                    tensor = slots.sum(on, base)
+                else:
+                    tensor = slots.sum(on)
+                    if run.rows is not None:
+                        rows = rows_of(tensor, store.batch).index_select(0, run.rows)
+                        if base is not None and index == 0:
+                            rows += base
+                        shape = torch.Size(
+                            (run.batch * slots.shape[0] // store.batch, *slots.shape[1:])
+                        )
+                        tensor = shaped(rows, shape)
+            found.append(tensor)
+        state.hidden = found[0]
+        kept: list[Skip] = state.skips[: store.shared]
+        state.skips = [*kept, *found[1:]]
+        state.extras.update(store.marks)
+
+    def _weights_of(
+        self, store: Store, step: Step, units: list[Unit]
+    ) -> tuple[tuple[float, ...], ...]:
+        now = self._time(step)
+        chosen = {id(unit) for unit in units}
+        known: dict[tuple[float, ...], Sequence[float]] = {}
+        per_unit: list[Sequence[float] | None] = []
+        for unit in store.units:
+            if id(unit) not in chosen:
+                per_unit.append(None)
+                continue
+            past = tuple(time for time, _ in unit.times)
+            if past not in known:
+                known[past] = store.predictor.weights(past, now, step.index)
+            per_unit.append(known[past])
+        return weight_rows(store.units, per_unit, store.batch, store.points)
+
+    def _on_device(self, rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+        key = (rows, device)
+        found = self._weights.get(key)
+        if found is None:
+            if len(self._weights) >= KEPT_WEIGHTS:
+                self._weights.clear()
+            found = self._weights[key] = weights_on(device, rows)
+        return found
+
+    def _time(self, step: Step) -> float:
+        return step.time if self.rehash.time == "timestep" else float(step.index)
+
+    # What a call looks like
+
+    def _region(self, forward: Forward, places: tuple[Place, ...]) -> Region:
+        watched = self.rehash.policy.watches
+        features_from = 2 if forward.family.has_skips else 1  # embeddings; first convolution
+        region = resolve(
+            places, self.boundary(forward), watched=watched, features_from=features_from
+        )
+        if self.rehash.policy.verifies and region.check == region.end:
+            raise ValueError("Verified: no stage comes after the boundary that could verify it")
+        if region.begin is None:
+            names = tuple(place.group.name for place in places)
+            begin = self._begins.get(names) if forward.family.has_skips else region.least
+            if begin is not None:
+                return Region(begin, region.end, region.least, region.check)
+        return region
+
+    def _units(self, forward: Forward, inputs: dict[str, Any], batch: int) -> list[Unit]:
+        """Samples with their guidance halves; one unit for all where nothing looks at samples."""
+        policy = self.rehash.policy
+        if not (policy.watches or policy.verifies):
+            return [Unit(tuple(range(batch)))]
+        latents = forward.family.latents(forward.module, inputs)
+        half = batch // 2
+        guided = batch % 2 == 0 and latents.device.type != "meta"
+        if guided and torch.equal(latents[:half], latents[half:]):
+            return [Unit((i, i + half)) for i in range(half)]
+        return [Unit((i,)) for i in range(batch)]
+
+
+class _Run:
+    """One pass through the groups of a model, for all rows of a part or for some."""
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        forward: Forward,
+        places: tuple[Place, ...],
+        region: Region,
+        inputs: dict[str, Any],
+        batch: int,
+        rows: Tensor | None = None,
+        numbers: tuple[int, ...] | None = None,
+    ) -> None:
+        self.stepper = stepper
+        self.forward = forward
+        self.places = places
+        self.region = region
+        self.inputs = inputs
+        self.batch = batch
+        self.rows = rows
+        self.numbers = tuple(range(batch)) if numbers is None else numbers
+
+    def at(self, region: Region) -> _Run:
+        """The same with another region."""
+        return _Run(
+            self.stepper, self.forward, self.places, region, self.inputs, self.batch, self.rows,
+            self.numbers,
+        )  # fmt: skip
+
+    def inputs_of(self, rows: tuple[int, ...]) -> dict[str, Any] | None:
+        """The arguments of some rows; ``None`` if they cannot be told apart."""
+        from accelrt.models.passes import some_rows
+
+        frames = self.forward.family.frames_of(self.inputs)
+        found = some_rows(self.inputs, self.batch, rows, frames=frames)
+        return None if isinstance(found, str) else found
+
+    def part(self, rows: tuple[int, ...]) -> _Run:
+        """A run of some rows of this one."""
+        inputs = self.inputs_of(rows)
+        assert inputs is not None
+        device = self.inputs[self.forward.family.input_name].device
+        index = torch.tensor(rows, device=device)
+        return _Run(
+            self.stepper, self.forward, self.places, self.region, inputs, len(rows), index, rows
+        )
+
+    def positions(self, units: list[Unit]) -> Tensor | None:
+        """Where the rows of some units are among those of this run; ``None`` for all in order."""
+        wanted = _rows(units)
+        if wanted == self.numbers:
+            return None
+        at = {row: i for i, row in enumerate(self.numbers)}
+        device = self.inputs[self.forward.family.input_name].device
+        return torch.tensor([at[row] for row in wanted], device=device)
+
+    def head(self) -> State:
+        """The state in front of the left-out stages; at the start where they are not known."""
+        # Lists are for the stages to empty (T2I-Adapter), and may be needed again.
+        inputs = {k: list(v) if type(v) is list else v for k, v in self.inputs.items()}
+        state = self.forward.family.begin(self.forward.module, inputs)
+        if self.region.begin is not None:
+            self.stages(state, 0, self.region.begin)
+        return state
+
+    def stages(self, state: State, start: int, stop: int) -> int:
+        """Run groups; returns the least depth of the stack of skips on the way."""
+        observer = self.forward.observer
+        lowest = len(state.skips)
+        for place in self.places[start:stop]:
+            if observer is None:
+                place.group(state)
+            else:
+                observer.enter(place.stage, place.group, state)
+                place.group(state)
+                observer.leave(place.stage, place.group, state)
+            lowest = min(lowest, len(state.skips))
+        return lowest
+
+    def finish(self, state: State, start: int) -> Tensor:
+        """Run the rest; the output."""
+        self.stages(state, start, len(self.places))
+        family = self.forward.family
+        if start >= len(self.places) and state.hidden is not None and state.hidden.dim() == 4:
+            state.hidden = channels_last(state.hidden)
+        return family.finish(self.forward.module, state)
+
+
+def attach(forward: Forward, tracker: Tracker) -> None:
+    """Cut the calls of a denoiser along time.
+
+    Raises:
+        ValueError: the settings do not fit the model.
+    """
+    stepper = Stepper(tracker.rehash, tracker)
+    stepper.check(forward)
+    module = weakref.ref(forward.module)
+    tracker.model = module
+    forward.stepper = stepper
+
+
+def _rows(units: Sequence[Unit]) -> tuple[int, ...]:
+    return tuple(sorted(row for unit in units for row in unit.rows))
+
+
+def _spread(out: Tensor | None, some: Tensor, rows: tuple[int, ...], batch: int) -> Tensor:
+    """Write the output of some rows into that of all."""
+    if out is None:
+        out = some.new_empty((batch, *some.shape[1:]))
+    elif out.shape[0] != batch:
+        raise RuntimeError(f"an output of {out.shape[0]} rows for {batch}")
+    out[torch.tensor(rows, device=out.device)] = some
+    return out
+
+
+def _single(rows: tuple[tuple[float, ...], ...]) -> int | None:
+    """The slot that every row takes as it is, if there is one."""
+    first = rows[0]
+    if any(row != first for row in rows) or sorted(first) != [0.0] * (len(first) - 1) + [1.0]:
+        return None
+    return first.index(1.0)
+
+
+def _kept(step: Step) -> int:
+    return sum(store.bytes for store in step.session.stores.values())
+
+
+def _shapes(value: Any) -> Any:
+    """What of the arguments of a call must not change from step to step."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype, value.device
+    if isinstance(value, dict):
+        return tuple((key, _shapes(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_shapes, value))
+    return None
