@@ -50,11 +50,11 @@ class Config:
             blocks), ``"never"`` keeps it; ``"allow"`` leaves the choice to the plan of a
             memory budget, and keeps it where there is none.
         memory_budget: what a whole call may take: a number of bytes, a string such as
-            ``"4GiB"``, ``"auto"`` (what the device has free, less a tenth) or ``"min"`` (the
-            smallest exact plan whose denoiser is estimated at no more than 1.15 times the
-            time; a number may ask for less). Of a pipeline, its weights count; of a single
-            model, what its forward allocates. Every new size of call is planned before it
-            runs. ``None``: no plan.
+            ``"4GiB"``, ``"auto"`` (what the device has free, less a tenth) or ``"min"`` (for
+            the denoiser and the VAE, the smallest exact plan that is estimated at no more than
+            1.15 times the time; a number may ask for less). Of a pipeline, its weights count;
+            of a single model, what its forward allocates. Every new size of call is planned
+            before it runs. ``None``: no plan.
         inplace: groups may write over inputs that nothing else needs.
         fuse: use the fused operators; ``False`` runs the same slices with the model's
             own modules, for comparison.

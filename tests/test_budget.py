@@ -394,7 +394,10 @@ def test_machine_rates_are_measured_once_and_kept(
     monkeypatch.setenv("ACCELRT_CACHE_DIR", str(tmp_path / "rates"))
     device = torch.device("cpu")
     first = cost.machine(device, torch.float32)
-    assert all(value > 0 for value in vars(first).values())
+    for value in vars(first).values():
+        rates = [rate for _, rate in value] if isinstance(value, tuple) else [value]
+        assert min(rates) > 0
+        assert rates == sorted(rates)
     monkeypatch.setattr(cost, "profile", lambda *_: pytest.fail("measured twice"))
     assert cost.machine(device, torch.float32) == first
     monkeypatch.setattr(cost, "_known", {})
@@ -403,6 +406,43 @@ def test_machine_rates_are_measured_once_and_kept(
     cost.cache_file().write_text("nonsense")
     monkeypatch.setattr(cost, "profile", lambda *_: cost.Machine())
     assert cost.machine(device, torch.float32) == cost.Machine()
+
+
+def test_rates_of_another_version_are_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cpu")
+    cost.machine(device, torch.float32)
+    kept = json.loads(cost.cache_file().read_text())
+    (key,) = kept
+    for wrong in ({"product_rate": 2e11}, {**kept[key], "product_rates": 2e11}, []):
+        cost.cache_file().write_text(json.dumps({key: wrong}))
+        monkeypatch.setattr(cost, "_known", {})
+        assert cost.machine(device, torch.float32) == cost.Machine()
+    old = {key.replace(f"v{cost.VERSION} ", "v1 "): {"overhead": 1.0}}
+    cost.cache_file().write_text(json.dumps(old))
+    monkeypatch.setattr(cost, "_known", {})
+    assert cost.machine(device, torch.float32) == cost.Machine()
+    assert set(json.loads(cost.cache_file().read_text())) == {key, *old}
+
+
+def test_rates_between_rows() -> None:
+    rates = ((4, 1e9), (16, 4e9), (64, 4e9))
+    assert cost.rate_at(rates, 4) == cost.rate_at(rates, 2) * 2 == 1e9  # as long as four
+    assert cost.rate_at(rates, 8) == pytest.approx(2e9)
+    assert cost.rate_at(rates, 16) == cost.rate_at(rates, 1000) == 4e9
+
+
+def test_short_products_are_slower_per_row() -> None:
+    weight = torch.empty(64, 64, device="meta")
+    bias, rates = torch.empty(64, device="meta"), cost.Machine()
+    seconds = []
+    for rows in (16, 256):
+        x = torch.empty(rows, 64, device="meta")
+        linear = cost.seconds_of("linear", (x, weight), x, rates)
+        assert linear == cost.seconds_of("addmm", (bias, x, weight.t()), x, rates)
+        seconds.append((linear - rates.product_overhead) / rows)
+    assert seconds[0] > 1.3 * seconds[1]
 
 
 def test_pixart_with_captions_keeps_a_budget() -> None:

@@ -78,3 +78,20 @@ def test_smaller_slices_are_less_memory() -> None:
         for mib in (0.001, 0.5, 1.0, 2.0, 4.0, 16.0)
     ]
     assert peaks == sorted(peaks)
+
+
+def test_the_smallest_plan_computes_little_twice_but_a_number_may_ask_for_it() -> None:
+    case = models.vae(1, 64)
+
+    def decoder(budget: int | str) -> Any:
+        model = accelrt.wrap(on_meta(case.build, torch.bfloat16), memory_budget=budget)
+        with torch.no_grad():
+            case.run(model, case.inputs(torch.bfloat16, "meta"))
+        return model.decoder.forward.planner.plans["decoder"]
+
+    smallest = decoder("min")
+    assert smallest.peak_bytes / MIB <= 205
+    assert smallest.seconds <= 1.15 * smallest.fastest_seconds
+    tight = decoder(130 * MIB)
+    assert tight.peak_bytes / MIB <= 110
+    assert tight.seconds > smallest.seconds

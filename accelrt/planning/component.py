@@ -15,12 +15,14 @@ from accelrt.models.forward import Forward
 
 from .cost import Machine
 from .plan import ComponentPlan
-from .search import RUNGS, Found, Model, finish, search, settings, smallest
+from .search import Found, Model, finish, loosest, search, smallest
 
 #: How often a plan is tightened because its arena has gaps.
 TIGHTENINGS = 4
-#: By the estimates, how much longer the smallest plan of a denoiser may take.
+#: By the estimates, how much longer the plan of "min" may take than the fastest.
 SLOWER_AT_MOST = 1.15
+#: How finely its memory is looked for, as a share of it.
+LIMIT_STEP = 0.01
 
 
 def plan_component(
@@ -40,7 +42,7 @@ def plan_component(
         base: what the user configured.
         rates: of the machine that the plan is for.
         device: where it runs.
-        limit: bytes for the activations; ``None`` for the least there can be.
+        limit: bytes for the activations; ``None`` for the least that is not much slower.
         apart: bytes of the budget that are taken already, for the error.
 
     Raises:
@@ -78,20 +80,24 @@ def _least(model: Model, batch: int) -> Found:
 
 
 def _least_in_time(model: Model, batch: int) -> Found:
-    """The same among those that are not much slower, if this is a denoiser.
+    """The cut with the least memory among those that are not much slower.
 
-    Every step pays for its slices, and some kilobytes are not worth twice the time.
+    Some kilobytes are not worth twice the time. A limit that is higher allows a faster cut:
+    the lowest that allows one which is fast enough is found by halving.
     """
     found = _least(model, batch)
-    if not model.forward.is_denoiser:
+    fastest = model.run(model.settings(batch)[0], model.fastest)
+    longest = SLOWER_AT_MOST * fastest.seconds
+    if found.seconds <= longest:
         return found
-    fastest = model.run(settings(model.base, batch)[0], model.fastest).seconds
-    for count in range(len(RUNGS) - 1, 0, -1):
-        if found.seconds <= SLOWER_AT_MOST * fastest:
-            break
-        model.rungs = RUNGS[:count]
-        found = _least(model, batch)
-    model.rungs = RUNGS
+    low, high = smallest(model, batch), loosest(fastest)
+    while high - low > LIMIT_STEP * high:
+        limit = (low + high) // 2
+        faster = search(model, batch, limit)
+        if faster is not None and faster.seconds <= longest:
+            found, high = faster, limit
+        else:
+            low = limit
     return found
 
 

@@ -1,16 +1,17 @@
 """What operators cost: a machine's rates, fitted by a short profile and kept in a file.
 
-An operator takes ``overhead + flops / rate + bytes / bandwidth``. Weights count among the
-bytes of every call, which is what makes short slices slow: a matrix product or a
-convolution reads (and on the CPU reorders) its weights once per slice.
+An operator takes ``overhead + flops / rate + bytes / bandwidth``. Short slices are slow: a
+matrix product reads its weights once per slice, so that its rate depends on the number of
+rows and is measured for several; a convolution also reorders them on the CPU, which counts
+as bytes of its kernel. The views that cut a slice out take time as well.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,7 +24,12 @@ from torch import Tensor
 
 from accelrt import ops
 
-VERSION = 1
+VERSION = 2
+
+#: Pairs of rows and FLOP/s, by rows.
+Rates = tuple[tuple[int, float], ...]
+PRODUCT_ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024)
+ATTENTION_ROWS = (8, 32, 128, 1024)
 
 
 @dataclass(frozen=True)
@@ -31,21 +37,49 @@ class Machine:
     """Rates of a device for a dtype.
 
     Args:
-        overhead: seconds per operator call.
-        product_rate, convolution_rate, attention_rate: FLOP/s of large operators.
+        overhead, product_overhead, view_overhead: seconds per call of an elementwise
+            operator, of a matrix product and of a view.
+        product_rates: FLOP/s of matrix products by the number of rows, their weights and
+            results read and written included.
+        convolution_rate: FLOP/s of large convolutions.
+        attention_rates: FLOP/s of attention by the number of queries.
         bandwidth: bytes/s of elementwise operators, read and written together.
-        weight_bandwidth, kernel_bandwidth: bytes/s at which the weights of matrix products
-            and of convolutions pass through each call.
+        norm_bandwidth: the same of norms.
+        kernel_bandwidth: bytes/s at which the weights of convolutions pass through each call.
     """
 
-    overhead: float = 5e-6
-    product_rate: float = 2e11
+    overhead: float = 4e-6
+    product_overhead: float = 1e-5
+    view_overhead: float = 1e-6
+    product_rates: Rates = (
+        (1, 2.6e10), (4, 9e10), (16, 1.4e11), (32, 1.65e11), (64, 1.75e11), (128, 1.9e11),
+        (256, 2e11),
+    )  # fmt: skip
     convolution_rate: float = 2e11
-    attention_rate: float = 1e11
-    bandwidth: float = 1e10
-    weight_bandwidth: float = 1e10
+    attention_rates: Rates = ((8, 4e10), (32, 5e10), (128, 6e10), (1024, 7e10))
+    bandwidth: float = 3e10
+    norm_bandwidth: float = 5e9
     kernel_bandwidth: float = 3e9
 
+
+def rate_at(rates: Rates, rows: int) -> float:
+    """FLOP/s for ``rows``, between the pairs in proportion on logarithmic scales.
+
+    Fewer rows than in the first pair take its time; more than in the last have its rate.
+    """
+    fewest, rate = rates[0]
+    if rows <= fewest:
+        return rate * max(rows, 1) / fewest
+    for more, faster in rates[1:]:
+        if rows <= more:
+            share = math.log(rows / fewest) / math.log(more / fewest)
+            return float(rate * (faster / rate) ** share)
+        fewest, rate = more, faster
+    return rate
+
+
+#: A measurement takes this many runs, and this long if they are short.
+LEAST_RUNS, MOST_RUNS, ENOUGH_SECONDS = 2, 50, 0.05
 
 _known: dict[tuple[Path, str], Machine] = {}
 
@@ -76,8 +110,8 @@ def machine(device: torch.device, dtype: torch.dtype) -> Machine:
     if (path, key) not in _known:
         kept = _read(path)
         try:
-            _known[path, key] = Machine(**kept[key])
-        except (KeyError, TypeError):  # never measured, or by another version
+            _known[path, key] = _from_file(kept[key])
+        except (KeyError, TypeError, ValueError):  # never measured, or by another version
             _known[path, key] = profile(device, dtype)
             _write(path, {**kept, key: asdict(_known[path, key])})
     return _known[path, key]
@@ -110,6 +144,13 @@ def _read(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
+def _from_file(values: dict[str, Any]) -> Machine:
+    """JSON has lists in place of pairs."""
+    for name in ("product_rates", "attention_rates"):
+        values = {**values, name: tuple((int(r), float(f)) for r, f in values[name])}
+    return Machine(**values)
+
+
 def _write(path: Path, values: dict[str, Any]) -> None:
     """Replace the file at once, so that no reader sees half of it."""
     try:
@@ -122,7 +163,7 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 
 def profile(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Measure the rates: about a second on a CPU."""
+    """Measure the rates: a second or two on a CPU."""
 
     generator = torch.Generator(device).manual_seed(0)  # the user's own is left alone
 
@@ -132,59 +173,96 @@ def profile(device: torch.device, dtype: torch.dtype) -> Machine:
     def image(n: int, channels: int, side: int) -> Tensor:
         return tensor(n, channels, side, side).contiguous(memory_format=torch.channels_last)
 
+    def seconds(run: Callable[[], Any]) -> float:
+        return _seconds(run, device)
+
+    def size(*tensors: Tensor) -> int:
+        return _bytes(tensors)
+
     with torch.no_grad():
-        small = tensor(64)
-        overhead = _seconds(lambda: ops.residual_blend(small, small, out=small), device)
+        small, table = tensor(64), tensor(8, 64)
+        overhead = seconds(lambda: ops.residual_blend(small, small, out=small))
+        view_overhead = _per_call(lambda: table[2:4], device)
+        product_overhead = seconds(lambda: F.linear(table, table))
         large, other = tensor(2**22), tensor(2**22)
-        bandwidth = 3 * large.numel() * large.element_size() / _seconds(
-            lambda: ops.residual_blend(large, other, out=large), device
-        )  # fmt: skip
-        rows, few, weight = tensor(4096, 1280), tensor(16, 1280), tensor(1280, 1280)
-        whole = _seconds(lambda: F.linear(rows, weight), device)
-        product_rate = 2 * rows.shape[0] * 1280**2 / max(whole - overhead, 1e-9)
-        short = _seconds(lambda: F.linear(few, weight), device) - overhead
-        short -= 2 * few.shape[0] * 1280**2 / product_rate
-        weight_bandwidth = weight.numel() * weight.element_size() / max(short, 1e-7)
-        wide, kernel = image(2, 320, 64), tensor(320, 320, 3, 3)
-        whole = _seconds(lambda: F.conv2d(wide, kernel, padding=1), device)
-        flops = 2 * 9 * 320**2 * wide.shape[0] * 64**2
+        whole = seconds(lambda: ops.residual_blend(large, other, out=large))
+        bandwidth = 3 * size(large) / whole
+        tokens, scale = tensor(1, 512, 1280), tensor(1, 1280)
+        norm, bias = tensor(1280), tensor(1280)
+        whole = seconds(lambda: ops.layer_norm_modulate(tokens, norm, bias, scale=scale))
+        norm_bandwidth = 2 * size(tokens) / max(whole - overhead, 1e-9)
+        rows, weight = tensor(PRODUCT_ROWS[-1], 1280), tensor(5120, 1280)
+        # More rows are never slower than fewer: a long run that seems so was interrupted.
+        product_rates: list[tuple[int, float]] = []
+        for count in PRODUCT_ROWS:
+            whole = seconds(lambda some=rows[:count]: F.linear(some, weight))  # type: ignore[misc]
+            rate = 2 * count * weight.numel() / max(whole - product_overhead, 1e-9)
+            product_rates.append((count, max([rate, *(r for _, r in product_rates)])))
+        wide, kernel = image(1, 320, 32), tensor(320, 320, 3, 3)
+        whole = seconds(lambda: F.conv2d(wide, kernel, padding=1))
+        flops = 2 * 9 * 320**2 * 32**2
         convolution_rate = flops / max(whole - overhead, 1e-9)
         tiny, kernel2 = image(1, 1280, 4), tensor(1280, 1280, 3, 3)
-        short = _seconds(lambda: F.conv2d(tiny, kernel2, padding=1), device) - overhead
+        short = seconds(lambda: F.conv2d(tiny, kernel2, padding=1)) - overhead
         short -= 2 * 9 * 1280**2 * 16 / convolution_rate
-        kernel_bandwidth = kernel2.numel() * kernel2.element_size() / max(short, 1e-7)
-        q = tensor(1, 8, 1024, 64)
-        whole = _seconds(lambda: F.scaled_dot_product_attention(q, q, q), device)
-        attention_rate = 4 * 8 * 1024**2 * 64 / max(whole - overhead, 1e-9)
+        kernel_bandwidth = size(kernel2) / max(short, 1e-7)
+        q = tensor(1, 8, ATTENTION_ROWS[-1], 64)
+        attention_rates: list[tuple[int, float]] = []
+        for count in ATTENTION_ROWS:
+            whole = seconds(
+                lambda some=q[:, :, :count]: F.scaled_dot_product_attention(some, q, q)  # type: ignore[misc]
+            )
+            rate = 4 * 8 * count * q.shape[2] * 64 / max(whole - overhead, 1e-9)
+            attention_rates.append((count, max([rate, *(r for _, r in attention_rates)])))
     return Machine(
-        overhead, product_rate, convolution_rate, attention_rate, bandwidth,
-        weight_bandwidth, kernel_bandwidth,
+        overhead, product_overhead, view_overhead, tuple(product_rates), convolution_rate,
+        tuple(attention_rates), bandwidth, norm_bandwidth, kernel_bandwidth,
     )  # fmt: skip
 
 
-def _seconds(run: Callable[[], Any], device: torch.device, rounds: int = 5) -> float:
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """The fastest of some runs: what else the machine does only ever adds."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter  # of the thread: without others
+
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
     run()
-    times = []
-    for _ in range(rounds):
+    times: list[float] = []
+    while len(times) < LEAST_RUNS or (sum(times) < ENOUGH_SECONDS and len(times) < MOST_RUNS):
         wait()
-        begin = time.perf_counter()
+        begin = clock()
         run()
         wait()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+        times.append(clock() - begin)
+    return min(times)
+
+
+def _per_call(run: Callable[[], Any], device: torch.device, calls: int = 100) -> float:
+    """Seconds of a call that is too short for the clock."""
+
+    def many() -> None:
+        for _ in range(calls):
+            run()
+
+    return _seconds(many, device) / calls
 
 
 # Operators that make a view, or memory without values.
-_FREE = frozenset(
+_VIEWS = frozenset(
     (
         "view", "_unsafe_view", "permute", "transpose", "t", "expand", "slice", "select",
         "unsqueeze", "squeeze", "alias", "detach", "as_strided", "split", "unbind", "reshape",
         "empty", "empty_like", "empty_strided", "new_empty", "unflatten", "split_with_sizes",
         "_reshape_alias",
+    )
+)  # fmt: skip
+_NORMS = frozenset(
+    (
+        "layer_norm_modulate", "gate_residual_layer_norm_modulate", "native_layer_norm",
+        "layer_norm", "group_norm_stats", "group_norm_apply", "native_group_norm", "group_norm",
     )
 )  # fmt: skip
 _PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm", "linear"))
@@ -199,8 +277,8 @@ def seconds_of(name: str, args: tuple[Any, ...], result: Any, rates: Machine) ->
         result: what it returned.
         rates: of the machine.
     """
-    if name in _FREE:
-        return 0.0
+    if name in _VIEWS:
+        return rates.view_overhead
     tensors = [a for a in args if isinstance(a, Tensor)]
     out = result if isinstance(result, Tensor) else None
     if name in ("convolution", "_convolution") and out is not None and len(tensors) > 1:
@@ -212,20 +290,19 @@ def seconds_of(name: str, args: tuple[Any, ...], result: Any, rates: Machine) ->
         )
     if name in _PRODUCTS and len(tensors) > 1:
         product = out if out is not None else tensors[-1]
-        a, b = tensors[-2:] if name in ("addmm", "baddbmm") else tensors[:2]
-        return rates.overhead + (
-            2 * product.numel() * a.shape[-1] / rates.product_rate
-            + b.numel() * b.element_size() / rates.weight_bandwidth
-            + _bytes((a, product)) / rates.bandwidth
-        )
+        a = tensors[1 if name in ("addmm", "baddbmm") else 0]
+        rows = a.numel() // max(a.shape[-1], 1) if name == "linear" else a.shape[-2]
+        flops = 2 * product.numel() * a.shape[-1]
+        return rates.product_overhead + flops / rate_at(rates.product_rates, rows)
     outputs = [out] if out is not None else []
-    return rates.overhead + _bytes((*tensors, *outputs)) / rates.bandwidth
+    bandwidth = rates.norm_bandwidth if name in _NORMS else rates.bandwidth
+    return rates.overhead + _bytes((*tensors, *outputs)) / bandwidth
 
 
 def attention_seconds(q: Tensor, k: Tensor, rates: Machine) -> float:
     """The estimate for scaled dot-product attention of ``[B, H, S, D]`` with ``[B, H, L, D]``."""
     flops = 4 * q.numel() * k.shape[-2]
-    return rates.overhead + flops / rates.attention_rate
+    return rates.overhead + flops / rate_at(rates.attention_rates, q.shape[-2])
 
 
 def _bytes(tensors: Any) -> int:

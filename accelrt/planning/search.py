@@ -46,28 +46,36 @@ class Option:
     recompute: bool = False
 
 
-def options(base: Config, rungs: tuple[float, ...] = RUNGS) -> list[Option]:
+def options(base: Config) -> list[Option]:
     """All options, from fast to small; the first is what runs without a budget."""
     always = base.recompute == "always"
-    mibs: tuple[float | None, ...] = rungs if base.slice_mib is None else (None,)
+    mibs: tuple[float | None, ...] = RUNGS if base.slice_mib is None else (None,)
     found = [Option(None, recompute=always)]
     found += [Option(mib, bands=True, recompute=always) for mib in mibs]
     if base.recompute == "allow":
-        few = rungs[1::2] + rungs[-1:] if base.slice_mib is None else (None,)
+        few = RUNGS[1::2] + RUNGS[-1:] if base.slice_mib is None else (None,)
         found += [Option(mib, bands=True, recompute=True) for mib in few]
     return found
 
 
-def settings(base: Config, batch: int) -> list[Setting]:
-    """All settings of a call with ``batch`` samples, from what is usually fast to small."""
+def settings(base: Config, batch: int, *, skips: bool = True) -> list[Setting]:
+    """All settings of a call with ``batch`` samples, from what is usually fast to small.
+
+    Args:
+        base: what the user configured.
+        batch: samples in the call.
+        skips: the model has skips that could be computed again.
+    """
     passes: list[int | None] = [base.samples_per_pass]
     if base.samples_per_pass is None:
         half = batch // 2
         while half >= 1:
             passes.append(half)
             half //= 2
-    skips = {"allow": (False, True), "never": (False,), "always": (True,)}[base.recompute]
-    return [Setting(count, again) for again in skips for count in passes]
+    again = {"allow": (False, True), "never": (False,), "always": (True,)}[base.recompute]
+    if not skips:
+        again = again[:1]
+    return [Setting(count, recompute) for recompute in again for count in passes]
 
 
 class Model:
@@ -95,8 +103,13 @@ class Model:
         self.rates = rates
         self.slice_mib = slice_mib
         self.fastest = options(base)[0]
-        self.rungs: tuple[float, ...] = RUNGS
+        stages = forward.family.stages(forward.module, base)
+        self.skips = any(group.makes_skip for stage in stages for group in stage.groups)
         self._runs: dict[tuple[Setting, Option], DryRun] = {}
+
+    def settings(self, batch: int) -> list[Setting]:
+        """:func:`settings` of this model."""
+        return settings(self.base, batch, skips=self.skips)
 
     def configure(
         self, forward: Forward, setting: Setting, chosen: dict[str, Option] | Option
@@ -152,7 +165,7 @@ class Found:
 
 def smallest(model: Model, batch: int) -> int:
     """The least memory in bytes that any cut needs, by the rule of :func:`search`."""
-    setting = settings(model.base, batch)[-1]
+    setting = model.settings(batch)[-1]
     runs = [model.run(setting, option) for option in _tightest(model)]
     totals = []
     for kept in set(map(kept_bytes, runs)):
@@ -170,10 +183,15 @@ def kept_bytes(run: DryRun) -> int:
     return max([slab, *(group.kept_bytes for group in run.groups.values())])
 
 
+def loosest(run: DryRun) -> int:
+    """A limit in bytes within which :func:`search` finds the options of ``run``."""
+    return kept_bytes(run) + max(group.scratch_bytes for group in run.groups.values())
+
+
 def _tightest(model: Model) -> list[Option]:
     """The tightest option of each kind."""
     kinds: dict[tuple[bool, bool], Option] = {}
-    for option in options(model.base, model.rungs):
+    for option in options(model.base):
         kinds[option.bands, option.recompute] = option
     return list(kinds.values())
 
@@ -181,7 +199,7 @@ def _tightest(model: Model) -> list[Option]:
 def search(model: Model, batch: int, limit: int) -> Found | None:
     """The fastest cut whose live activations stay within ``limit`` bytes, or ``None``."""
     best: Found | None = None
-    for setting in settings(model.base, batch):
+    for setting in model.settings(batch):
         if best is not None and model.run(setting, model.fastest).seconds >= best.seconds:
             continue  # cutting finer makes it no faster
         found = _within(model, setting, limit)
@@ -226,7 +244,7 @@ def _divided(model: Model, setting: Setting, limit: int, kept: int) -> Found | N
         return group.kept_bytes <= kept and kept + group.scratch_bytes <= limit
 
     tight = _tightest(model)
-    for option in options(model.base, model.rungs):
+    for option in options(model.base):
         for name in sorted(waiting):
             if fits(option, name):
                 chosen[name] = option
@@ -244,7 +262,7 @@ def _divided(model: Model, setting: Setting, limit: int, kept: int) -> Found | N
 def finish(model: Model, found: Found, path: str, limit: int) -> ComponentPlan:
     """The plan of a component, looked at once more as a whole."""
     final = model.together(found.setting, found.chosen)
-    fastest = model.run(settings(model.base, 1)[0], model.fastest)
+    fastest = model.run(model.settings(1)[0], model.fastest)
     assert final.offsets is not None
     groups = tuple(_group_plan(run, found.chosen[name]) for name, run in final.groups.items())
     return ComponentPlan(
