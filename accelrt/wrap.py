@@ -45,7 +45,7 @@ def wrap(
         config: slice lengths and switches; the defaults if ``None``.
         rehash: leave stages out at some denoising steps, and predict what they would have
             made; the output is then an approximation. A :class:`accelrt.steps.Rehash`, the
-            file of a calibrated one, or ``"auto"``: a conservative one for the family. Not
+            file of a calibrated one, or ``"auto"``: a conservative one. Not
             part of ``config``, whose settings are all exact. ``None``: every step is computed.
         quality_floor: with ``rehash`` and a pipeline: least PSNR in dB, for example 30, of a
             request against the same with every step computed. The first request in which

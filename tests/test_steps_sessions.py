@@ -26,7 +26,7 @@ from torch import Tensor
 from zoo_pipelines import FAMILIES
 
 import accelrt
-from accelrt.steps import Interval, Rehash, Reuse, Schedule, Taylor, Threshold
+from accelrt.steps import Interval, Policy, Rehash, Reuse, Schedule, Taylor, Threshold
 from accelrt.steps.origin import origin_of
 
 FAMILY = FAMILIES["unet2d"]
@@ -400,3 +400,21 @@ def test_threshold_sums_up_what_it_sees() -> None:
     gaps = [i for i, kind in enumerate(kinds) if kind == "computed"]
     assert 3 <= len(gaps) < 12
     assert all(b - a > 1 for a, b in pairwise(gaps))
+
+
+def test_policies_of_your_own(pipe: Any, alone: Tensor) -> None:
+    """A subclass decides like any other; the summary names it, a file cannot hold it."""
+
+    class Even(Policy):
+        def fixed(self, step: int, steps: int | None) -> bool:
+            return step % 2 == 0
+
+    rehash = Rehash(Even(), Taylor(1))
+    accelrt.wrap(pipe, rehash=rehash)
+    out = run(pipe)
+    text = str(accelrt.summary(pipe))
+    accelrt.unwrap(pipe)
+    assert same(out, alone)
+    assert "Even()" in text
+    with pytest.raises(ValueError, match="Even is not one of ours"):
+        rehash.to_dict()

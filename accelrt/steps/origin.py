@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -66,8 +67,14 @@ def origin_of(model: nn.Module, scheduler: Any, steps: int) -> Origin:
         scheduler_hash=scheduler_hash(scheduler),
         steps=steps,
         weights=weight_norms(model),
-        model_id=str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
+        model_id=_id_of(model),
     )
+
+
+def _id_of(model: nn.Module) -> str:
+    """Where a model was loaded from; of a local folder its last two names, which say enough."""
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
 
 
 def check_origin(origin: Origin, model: nn.Module | None, scheduler: Any, steps: int) -> None:

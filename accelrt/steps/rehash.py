@@ -118,7 +118,19 @@ class Rehash:
         return cap
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; the inverse of :meth:`from_dict`."""
+        """Plain values; the inverse of :meth:`from_dict`.
+
+        Raises:
+            ValueError: the policy or the predictor is of a class of your own.
+        """
+        for part, table in ((self.policy, _POLICIES), (self.predictor, _PREDICTORS)):
+            if type(part) not in table.values():
+                name = type(part).__name__
+                raise ValueError(f"{name} is not one of ours: it cannot be written down")
+        return self.described()
+
+    def described(self) -> dict[str, Any]:
+        """The same values, for people; classes of your own go by their names."""
         boundary: Any = self.boundary
         return {
             "format": FORMAT,
@@ -195,11 +207,10 @@ def _known(what: str, given: Mapping[str, Any], known: list[str]) -> None:
         raise ValueError(f"{what}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
 
 
-def _named(value: Any, table: Mapping[str, type]) -> dict[str, Any]:
-    kind = next((name for name, cls in table.items() if type(value) is cls), None)
-    if kind is None:
-        raise ValueError(f"{type(value).__name__} is not one of ours: it cannot be written down")
-    plain = dataclasses.asdict(value)
+def _named(value: Policy | Predictor, table: Mapping[str, type]) -> dict[str, Any]:
+    kinds = (name for name, cls in table.items() if type(value) is cls)
+    kind = next(kinds, type(value).__name__)
+    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else {}
     if isinstance(value, LearnedLinear):
         plain["table"] = {str(step): list(row) for step, row in value.table.items()}
     return {"kind": kind, **plain}

@@ -32,7 +32,7 @@ class StepsReport:
 
     Args:
         rows: its steps so far.
-        settings: of the cut, as :meth:`accelrt.Rehash.to_dict`.
+        settings: of the cut, as :meth:`accelrt.Rehash.described`.
         cache_bytes: most that the kept features took.
         gate: what the quality floor found, or ``""``.
     """
@@ -117,4 +117,4 @@ def steps_report(tracker: Tracker) -> StepsReport:
         for _, record in sorted(records.items())
     )
     cache = 0 if session is None else session.cache_bytes
-    return StepsReport(rows, tracker.rehash.to_dict(), cache, tracker.gate)
+    return StepsReport(rows, tracker.rehash.described(), cache, tracker.gate)

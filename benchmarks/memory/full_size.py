@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import accelrt
+import accelrt.planning
 from accelrt.benchmarking import models
 from accelrt.benchmarking.models import ModelCase, Run
 from accelrt.benchmarking.weights import on_meta, share
@@ -85,12 +86,20 @@ def with_switches(case: ModelCase, model: Any, inputs: dict[str, Any]) -> float 
 
 
 def smallest(model: Any, size: tuple[int, int, int], recompute: str) -> float:
-    """Live MiB of the smallest plan: of the denoiser, or of the decoder."""
+    """Live MiB of the smallest plan: of the denoiser by "min", of a decoder by its number."""
     height, width, frames = size
-    plan = accelrt.plan(
-        model, height=height, width=width, num_frames=frames, memory_budget="min",
-        config=Config(recompute=recompute),
-    )  # fmt: skip
+
+    def plan_for(budget: int | str) -> accelrt.planning.Plan:
+        return accelrt.plan(
+            model, height=height, width=width, num_frames=frames, memory_budget=budget,
+            config=Config(recompute=recompute),
+        )  # fmt: skip
+
+    denoiser = not hasattr(model, "decoder")
+    try:
+        plan = plan_for("min" if denoiser else 1)
+    except accelrt.BudgetError as error:
+        plan = plan_for(error.smallest_bytes)
     parts = [part for part in plan.components if not part.path.endswith("encoder")]
     return parts[0].peak_bytes / 2**20
 
