@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from model_zoo import one_thread  # noqa: F401
 from typer.testing import CliRunner
 
 import accelrt
@@ -40,14 +41,6 @@ CALL: dict[str, Any] = {
     "guidance_scale": 3.0,
     "num_inference_steps": STEPS,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
+from accelrt.cli.common import bars, prepared
+from accelrt.cli.compare import loader_of
 from accelrt.cli.demo import Device, Dtype
 from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
 
@@ -96,12 +91,6 @@ def calibrate(
     key steps, reuse in between. With --psnr or --speedup boundaries, predictors and schedules
     are searched and measured. `accelrt.wrap(pipe, rehash="FOLDER/schedule.json")` uses it.
     """
-    import torch
-
-    from accelrt.cli.compare import _loader
-    from accelrt.config import Config
-    from accelrt.reporting.environment import inspect_environment
-
     options = {
         "--gamma": gamma, "--computed": computed, "--psnr": psnr, "--speedup": speedup,
     }  # fmt: skip
@@ -116,22 +105,9 @@ def calibrate(
         raise ValueError(f"--out is {out}, a file; allowed: a folder")
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("the pictures need matplotlib: pip install matplotlib")
-    settings = Config() if config is None else Config.from_file(config)
-    environment = inspect_environment()
-    if not environment.build["loaded"]:
-        raise ImportError(environment.statements[0])
-    if threads is not None:
-        torch.set_num_threads(threads)
-    load = _loader(model, dtype.value, device.value, steps, prompt, frames, image)
-    with Progress(
-        TextColumn("{task.fields[model]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-        console=Console(stderr=True),
-        refresh_per_second=4,
-    ) as progress:
+    settings, _ = prepared(config, threads)
+    load = loader_of(model, dtype.value, device.value, steps, prompt, frames, image)
+    with bars() as progress:
         task = progress.add_task("loading", total=None, model="")
 
         def on_progress(what: str, done: int, total: int) -> None:

@@ -17,14 +17,11 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
     Progress,
-    TextColumn,
-    TimeElapsedColumn,
 )
 from rich.table import Table
 
+from accelrt.cli.common import bars, prepared
 from accelrt.cli.demo import Device, Dtype
 from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
 
@@ -91,31 +88,13 @@ def compare(
     PSNR, SSIM and the error of the latents are those of the accelerated side against the plain
     one. With --rehash they are what the left-out steps cost.
     """
-    import torch
-
-    from accelrt.config import Config
-    from accelrt.reporting.environment import inspect_environment
-
     if min_psnr is not None and not 0 < min_psnr < math.inf:
         raise ValueError(f"--min-psnr is {min_psnr}; allowed: a number of dB above 0")
-    settings = Config() if config is None else Config.from_file(config)
+    settings, environment = prepared(config, threads)
     cut = _cut(rehash)
     count = steps or _steps_of(cut) or DEFAULT_STEPS
-    environment = inspect_environment()
-    if not environment.build["loaded"]:
-        raise ImportError(environment.statements[0])
-    if threads is not None:
-        torch.set_num_threads(threads)
-    load = _loader(model, dtype.value, device.value, count, prompt, frames, image)
-    with Progress(
-        TextColumn("{task.fields[model]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-        console=Console(stderr=True),
-        refresh_per_second=4,
-    ) as progress:
+    load = loader_of(model, dtype.value, device.value, count, prompt, frames, image)
+    with bars() as progress:
         found = _run(load, list(range(seed, seed + seeds)), repeats, settings, cut, out, progress)
     if as_json:
         words = _command(
@@ -239,7 +218,7 @@ def _steps_of(cut: Rehash | str | None) -> int | None:
     return int(steps) if steps else None
 
 
-def _loader(
+def loader_of(
     model: str,
     dtype: str,
     device: str,

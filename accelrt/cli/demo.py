@@ -14,14 +14,11 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
     Progress,
-    TextColumn,
-    TimeElapsedColumn,
 )
 from rich.table import Table
 
+from accelrt.cli.common import bars, prepared
 from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
 
 if TYPE_CHECKING:
@@ -84,30 +81,13 @@ def demo(
     By default the four reference models: videos with AnimateDiff and Stable Video Diffusion,
     images with DiT and PixArt.
     """
-    import torch
-
-    from accelrt.config import Config
-    from accelrt.reporting.environment import inspect_environment
     from accelrt.reporting.page import write_page
 
     if model is None and not (prompt is None and frames is None and image is None):
         raise ValueError("--prompt, --frames and --image go with --model")
-    settings = Config() if config is None else Config.from_file(config)
-    environment = inspect_environment()
-    if not environment.build["loaded"]:
-        raise ImportError(environment.statements[0])
-    if threads is not None:
-        torch.set_num_threads(threads)
+    settings, environment = prepared(config, threads)
     loaders = _loaders(model, dtype.value, device.value, steps, prompt, frames, image)
-    with Progress(
-        TextColumn("{task.fields[model]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-        console=Console(stderr=True),
-        refresh_per_second=4,
-    ) as progress:
+    with bars() as progress:
         choose = threads is None and model is None
         exhibits = [
             _run(load, out, seed, repeats, settings, progress, choose_threads=choose and i == 0)

@@ -44,7 +44,7 @@ def captured_latents(pipe: Any) -> Iterator[list[Tensor]]:
     else:
         yield found
         return
-    with _patched(*patch):
+    with patched(*patch):
         yield found
 
 
@@ -96,12 +96,12 @@ def silent_steps(pipe: Any, callback: StepCallback | None = None) -> Iterator[No
     if not hasattr(pipe, "progress_bar"):
         yield
         return
-    with _patched(pipe, "progress_bar", progress_bar):
+    with patched(pipe, "progress_bar", progress_bar):
         yield
 
 
 @contextmanager
-def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Sets an attribute on the instance; afterwards the instance is as it was."""
     missing = object()
     before = owner.__dict__.get(name, missing)

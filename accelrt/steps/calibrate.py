@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .boundary import Boundary
+from .files import read_json
 from .policies import Schedule, walk
 from .predictors import LearnedLinear, Predictor, Reuse
 from .rehash import FEATURES, TIMES, Origin, Rehash
@@ -327,13 +328,7 @@ class Calibration:
             ValueError: it does not parse, or holds something else; the message names the file.
             OSError: it cannot be read.
         """
-        path = Path(path)
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        return read_json(path, cls.from_dict)
 
     def plot(self, path: str | Path, keys: Sequence[int] = ()) -> None:
         """Write the similarity map as a picture, with key steps marked.

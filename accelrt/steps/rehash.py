@@ -12,6 +12,7 @@ from typing import Any
 from accelrt.memory.sizes import parse_budget
 
 from .boundary import DEFAULT, PUBLISHED, Boundary
+from .files import read_json
 from .policies import Interval, Policy, Schedule, Threshold, Verified
 from .predictors import AdamsBashforth, Hermite, LearnedLinear, Predictor, Reuse, Taylor
 
@@ -192,13 +193,7 @@ class Rehash:
             ValueError: it does not parse, or holds something else; the message names the file.
             OSError: it cannot be read.
         """
-        path = Path(path)
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        return read_json(path, cls.from_dict)
 
 
 def _known(what: str, given: Mapping[str, Any], known: list[str]) -> None:

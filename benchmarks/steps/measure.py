@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from accelrt.memory import track_peak
 from accelrt.quality import relative_error, ssim
+from accelrt.quality.observe import patched
 from accelrt.quality.observe import pictures as pictures_of
 
 # Pictures that differ by rounding only have no meaningful PSNR; the mean needs a finite one.
@@ -142,21 +143,6 @@ def observed(
         patched(scheduler, "scale_model_input", scale_model_input),
     ):
         yield seen
-
-
-@contextmanager
-def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Sets an attribute on the instance; afterwards the instance is as it was."""
-    missing = object()
-    before = owner.__dict__.get(name, missing)
-    owner.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if before is missing:
-            del owner.__dict__[name]
-        else:
-            owner.__dict__[name] = before
 
 
 def warm_up(pipe: Any, batch: Batch, steps: int) -> None:

@@ -24,8 +24,10 @@ from typing import Any
 import torch
 from diffusers import hooks
 from diffusers.models.cache_utils import CacheMixin
-from measure import Row, patched
+from measure import Row
 from tasks import VIDEO
+
+from accelrt.quality.observe import patched
 
 Switch = Callable[[Any, int], Any]
 CALIBRATION_SEED = 10_000
