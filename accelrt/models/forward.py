@@ -64,8 +64,7 @@ def placing(cut: Cut) -> Iterator[None]:
         return
     try:
         arena.reserve(cut.slab_bytes)
-        # Steps that leave stages out make other buffers: they go where they fit.
-        arena.schedule(cut.offsets if cut.step is None else None)
+        arena.schedule(cut.offsets)
         arena.begin()
         with activate(arena):
             yield

@@ -14,6 +14,7 @@ from accelrt import ops
 from accelrt.groups import State
 from accelrt.groups.skips import Skip, whole
 from accelrt.groups.state import channels_last
+from accelrt.memory import arena
 
 from .boundary import DEFAULT, PUBLISHED, Boundary, Place, Region, begin_of, flat, resolve
 from .features import Slots, Unit, rows_of, shaped, weight_rows
@@ -450,6 +451,7 @@ class Stepper:
 
     def _supply(self, run: _Run, store: Store, step: Step, units: list[Unit], state: State) -> None:
         """Put predicted features where the left-out stages would have put theirs."""
+        _leave_schedule()
         device = store.slots[0].data.device
         base = None
         if self._is_residual(run):
@@ -587,6 +589,7 @@ class _Run:
         """A run of some rows of this one."""
         inputs = self.inputs_of(rows)
         assert inputs is not None
+        _leave_schedule()
         device = self.inputs[self.forward.family.input_name].device
         index = torch.tensor(rows, device=device)
         return _Run(
@@ -632,6 +635,13 @@ class _Run:
         if start >= len(self.places) and state.hidden is not None and state.hidden.dim() == 4:
             state.hidden = channels_last(state.hidden)
         return family.finish(self.forward.module, state)
+
+
+def _leave_schedule() -> None:
+    """From here on the run makes other buffers than its plan: they go where they fit."""
+    place = arena.current()
+    if place is not None:
+        place.schedule(None)
 
 
 def attach(forward: Forward, tracker: Tracker) -> None:
