@@ -98,15 +98,18 @@ def main() -> None:
         parser.error(f"unknown model {', '.join(sorted(unknown))}; known: {', '.join(CASES)}")
     print("| time over no budget | " + " | ".join(VARIANTS) + " | floor |")
     print("|---" * (len(VARIANTS) + 2) + "|")
-    rows = []
+    rows: dict[str, Any] = {}
+    if arguments.save and TARGET.exists():  # other models stay
+        known = json.loads(TARGET.read_text(encoding="utf-8"))["rows"]
+        rows = {f"{row['model']}, {row['detail']}": row for row in known}
     for name in arguments.models or CASES:
         row = measure(name, DTYPES[arguments.dtype], arguments.rounds)
-        rows.append(row)
+        rows[f"{row['model']}, {row['detail']}"] = row
         cells = [f"{row['slowdown'][variant]:.2f}" for variant in VARIANTS]
         floor = bytes_text(row["reserved_bytes"]["floor"])
         print(f"| {row['model']}, {row['detail']} | {' | '.join(cells)} | {floor} |", flush=True)
         if arguments.save:
-            document = {"environment": inspect_environment().to_dict(), "rows": rows}
+            document = {"environment": inspect_environment().to_dict(), "rows": [*rows.values()]}
             TARGET.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
