@@ -221,9 +221,13 @@ class Forward:
                 self.planner.done(self)
         return run(module, self, cut, **inputs)
 
-    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _stepped(self, run: Any, module: nn.Module, inputs: dict[str, Any]) -> Any:
-        """The call at its step of a request; not traced, since it differs from step to step."""
+        """The call at its step of a request.
+
+        Not traced: what runs differs from step to step, and the weak references of a
+        state that outlives a traced frame are not for Dynamo.
+        """
         assert self.stepper is not None
         cut = Cut(self._stages, self.config, step=self.stepper.enter(self, inputs))
         if self.planner is None:

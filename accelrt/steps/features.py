@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from accelrt import ops
+
+from .predictors import Predictor
 
 
 def rows_of(x: Tensor, batch: int) -> Tensor:
@@ -86,18 +89,16 @@ class Slots:
         """Of all slots."""
         return self.data.numel() * self.data.element_size()
 
-    def put(self, slot: int, x: Tensor, rows: Tensor | None, minus: Tensor | None = None) -> None:
-        """Keep the feature of all rows, or of some; of a residual stream its growth."""
-        part = rows_of(x, self.batch if rows is None else rows.numel())
-        if minus is not None:
-            if rows is None:
-                torch.sub(part, minus, out=self.data[slot])
-                return
-            part = part - minus
-        if rows is None:
-            self.data[slot].copy_(part)
+    def put(self, slot: int, x: Tensor, minus: Tensor | None = None) -> None:
+        """Keep ``[B, M]``, or how much it is above ``minus``."""
+        if minus is None:
+            self.data[slot].copy_(x)
         else:
-            self.data[slot].index_copy_(0, rows, part)
+            torch.sub(x, minus, out=self.data[slot])
+
+    def put_rows(self, slot: int, x: Tensor, rows: Sequence[int]) -> None:
+        """Keep ``[len(rows), M]`` in some rows."""
+        self.data[slot].index_copy_(0, torch.tensor(rows, device=x.device), x)
 
     def alone(self, slot: int) -> Tensor:
         """One slot as a feature, without a copy: whoever takes it must not write to it."""
@@ -129,3 +130,44 @@ def weight_rows(
         for row in unit.rows:
             rows[row] = tuple(line)
     return tuple(rows)
+
+
+@dataclass
+class Store:
+    """What one call of a model keeps from step to step.
+
+    Args:
+        batch: rows.
+        units: samples that are decided together.
+        predictor: that of the settings, or the one that fits under the cap.
+
+    Attributes:
+        slots: of the hidden states at the boundary, then of the skips that are predicted.
+        shared: skips that the earlier stages supply at every step.
+        marks: what the left-out stages noted for later ones.
+        head: ``[B, M]`` in front of the left-out stages, at the step before.
+        checks: slots of the output of the stage that verifies.
+        inputs: shapes of the call that all this is for.
+    """
+
+    batch: int
+    units: list[Unit]
+    predictor: Predictor
+    slots: list[Slots] = field(default_factory=list)
+    shared: int = 0
+    marks: dict[str, bool] = field(default_factory=dict)
+    head: Tensor | None = None
+    checks: Slots | None = None
+    inputs: Any = None
+
+    @property
+    def points(self) -> int:
+        """Steps that are kept."""
+        return self.predictor.points
+
+    @property
+    def bytes(self) -> int:
+        """Of everything that is kept."""
+        slots = [*self.slots, *([] if self.checks is None else [self.checks])]
+        head = 0 if self.head is None else self.head.numel() * self.head.element_size()
+        return sum(s.bytes for s in slots) + head

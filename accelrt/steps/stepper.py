@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,62 +12,19 @@ from torch import Tensor
 from accelrt import ops
 from accelrt.groups import State
 from accelrt.groups.skips import Skip, whole
-from accelrt.groups.state import channels_last
-from accelrt.memory import arena
 
 from .boundary import DEFAULT, PUBLISHED, Boundary, Place, Region, begin_of, flat, resolve
-from .features import Slots, Unit, rows_of, shaped, weight_rows
+from .features import Slots, Store, Unit, rows_of, shaped, weight_rows
+from .passage import Passage, leave_schedule, rows_in, spread
 from .policies import Adaptive, Verified
-from .predictors import Predictor
 from .rehash import Rehash
 from .session import COMPUTED, PREDICTED, REJECTED, Session, Step, Tracker, weights_on
 
 if TYPE_CHECKING:
     from accelrt.models.forward import Cut, Forward
 
-#: Rows of weights that are kept as tensors.
-KEPT_WEIGHTS = 512
-
-
-@dataclass
-class Store:
-    """What one call of a model keeps from step to step.
-
-    Args:
-        batch: rows.
-        units: samples that are decided together.
-        predictor: that of the settings, or the one that fits under the cap.
-
-    Attributes:
-        slots: of the hidden states at the boundary, then of the skips that are predicted.
-        shared: skips that the earlier stages supply at every step.
-        marks: what the left-out stages noted for later ones.
-        head: ``[B, M]`` in front of the left-out stages, at the step before.
-        checks: slots of the output of the stage that verifies.
-        inputs: shapes of the call that all this is for.
-    """
-
-    batch: int
-    units: list[Unit]
-    predictor: Predictor
-    slots: list[Slots] = field(default_factory=list)
-    shared: int = 0
-    marks: dict[str, bool] = field(default_factory=dict)
-    head: Tensor | None = None
-    checks: Slots | None = None
-    inputs: Any = None
-
-    @property
-    def points(self) -> int:
-        """Steps that are kept."""
-        return self.predictor.points
-
-    @property
-    def bytes(self) -> int:
-        """Of everything that is kept."""
-        slots = [*self.slots, *([] if self.checks is None else [self.checks])]
-        head = 0 if self.head is None else self.head.numel() * self.head.element_size()
-        return sum(s.bytes for s in slots) + head
+#: Rows of weights, and ways to cut a model, that are kept.
+KEPT_WEIGHTS, KEPT_REGIONS = 512, 16
 
 
 class Stepper:
@@ -85,6 +41,7 @@ class Stepper:
         self.recorder: Any = None
         self._begins: dict[tuple[str, ...], int] = {}
         self._weights: dict[Any, Tensor] = {}
+        self._regions: dict[int, tuple[Any, tuple[Place, ...], Region]] = {}
 
     def check(self, forward: Forward) -> None:
         """Refuse settings that do not fit a model.
@@ -130,7 +87,7 @@ class Stepper:
         for part in forward.family.parts(forward.module, inputs, forward.config):
             places = flat(forward.stages())
             batch = int(part[forward.family.input_name].shape[0])
-            run = _Run(meta, forward, places, meta._region(forward, places), part, batch)
+            run = Passage(forward, places, meta._region(forward, places), part, batch)
             store = Store(batch, [Unit(tuple(range(batch)))], self.rehash.predictor)
             meta._computed(run, store, step, store.units, None)
             total += store.bytes
@@ -153,8 +110,8 @@ class Stepper:
             first: row of the call at which the part begins.
         """
         batch = int(inputs[forward.family.input_name].shape[0])
-        places = flat(cut.stages)
-        run = _Run(self, forward, places, self._region(forward, places), inputs, batch)
+        places, region = self._places(forward, cut.stages)
+        run = Passage(forward, places, region, inputs, batch)
         key = (step.key, first)
         store = step.session.stores.get(key)
         shapes = _shapes(inputs)
@@ -168,7 +125,7 @@ class Stepper:
 
     # Decisions
 
-    def _decided(self, run: _Run, store: Store, step: Step) -> Tensor:
+    def _decided(self, run: Passage, store: Store, step: Step) -> Tensor:
         policy, units = self.rehash.policy, store.units
         fixed = policy.fixed(step.index, step.session.steps)
         if not store.slots or fixed is True or any(not unit.times for unit in units):
@@ -188,7 +145,7 @@ class Stepper:
         return self._mixed(run, store, step, state, wanted)
 
     def _mixed(
-        self, run: _Run, store: Store, step: Step, state: State, wanted: list[bool]
+        self, run: Passage, store: Store, step: Step, state: State, wanted: list[bool]
     ) -> Tensor:
         """Some units are predicted, if they stand the check; the others are computed."""
         units = store.units
@@ -200,33 +157,35 @@ class Stepper:
         out: Tensor | None = None
         if len(chosen) == len(units):
             out, bad = self._checked(run, store, step, chosen, state)
-        elif run.inputs_of(_rows(chosen)) is None:  # arguments that cannot be told apart by rows
-            self._note(step, [COMPUTED] * len(units))
-            return self._computed(run, store, step, units, state)
         else:
+            part = run.part(rows_in(chosen))
+            if part is None:
+                self._note(step, [COMPUTED] * len(units))
+                return self._computed(run, store, step, units, state)
             del state
-            part = run.part(_rows(chosen))
             some, bad = self._checked(part, store, step, chosen, part.head())
             if some is not None:
-                out = _spread(out, some, _rows(chosen), run.batch)
+                out = spread(out, some, rows_in(chosen), run.batch)
         for unit in chosen:
             unit.consecutive += 1
-        rejected = [unit for unit, b in zip(chosen, bad, strict=True) if b]
-        for unit in rejected:
-            kinds[units.index(unit)] = REJECTED
+        for unit, failed in zip(chosen, bad, strict=True):
+            if failed:
+                kinds[units.index(unit)] = REJECTED
         computed = [u for u, kind in zip(units, kinds, strict=True) if kind != PREDICTED]
-        self._note(step, kinds)
         if not computed:
+            self._note(step, kinds)
             assert out is not None
             return out
-        if len(computed) == len(units) or run.inputs_of(_rows(computed)) is None:
+        part = None if len(computed) == len(units) else run.part(rows_in(computed))
+        if part is None:  # all of them, also those whose prediction would have done
+            self._note(step, [REJECTED if kind == PREDICTED else kind for kind in kinds])
             return self._computed(run, store, step, units, run.head())
-        part = run.part(_rows(computed))
+        self._note(step, kinds)
         fresh = self._computed(part, store, step, computed, part.head())
-        return _spread(out, fresh, _rows(computed), run.batch)
+        return spread(out, fresh, rows_in(computed), run.batch)
 
     def _checked(
-        self, run: _Run, store: Store, step: Step, units: list[Unit], state: State
+        self, run: Passage, store: Store, step: Step, units: list[Unit], state: State
     ) -> tuple[Tensor | None, list[bool]]:
         """The predicted output of some units, and which of them failed the check.
 
@@ -250,7 +209,7 @@ class Stepper:
             return None, bad
         return run.finish(state, run.region.check), bad
 
-    def _changes(self, run: _Run, store: Store, state: State) -> list[float]:
+    def _changes(self, run: Passage, store: Store, state: State) -> list[float]:
         """Change of the head's output since the step before, of each unit."""
         assert state.hidden is not None
         assert store.head is not None
@@ -259,7 +218,7 @@ class Stepper:
         store.head.copy_(now)
         return self._per_unit(change, run, store.units)
 
-    def _per_unit(self, change: Tensor, run: _Run, units: list[Unit]) -> list[float]:
+    def _per_unit(self, change: Tensor, run: Passage, units: list[Unit]) -> list[float]:
         """The largest value among the rows of each unit. Waits for the device."""
         values = change.tolist()
         at = {row: i for i, row in enumerate(run.numbers)}
@@ -270,12 +229,12 @@ class Stepper:
 
     # Computed steps
 
-    def _all_computed(self, run: _Run, store: Store, step: Step) -> Tensor:
+    def _all_computed(self, run: Passage, store: Store, step: Step) -> Tensor:
         self._note(step, [COMPUTED] * len(store.units))
         return self._computed(run, store, step, store.units, None)
 
     def _computed(
-        self, run: _Run, store: Store, step: Step, units: list[Unit], state: State | None
+        self, run: Passage, store: Store, step: Step, units: list[Unit], state: State | None
     ) -> Tensor:
         """Run all stages for some units, and keep what crosses the boundary."""
         region, policy = run.region, self.rehash.policy
@@ -303,7 +262,9 @@ class Stepper:
         del before
         return self._rest(run, store, step, units, state)
 
-    def _rest(self, run: _Run, store: Store, step: Step, units: list[Unit], state: State) -> Tensor:
+    def _rest(
+        self, run: Passage, store: Store, step: Step, units: list[Unit], state: State
+    ) -> Tensor:
         """The stages after the boundary, at a computed step."""
         end = run.region.end
         if self.rehash.policy.verifies:
@@ -312,7 +273,7 @@ class Stepper:
             end = run.region.check
         return run.finish(state, end)
 
-    def _learning(self, run: _Run) -> tuple[State, int]:
+    def _learning(self, run: Passage) -> tuple[State, int]:
         """Run up to the boundary, and learn where the left-out stages begin.
 
         Returns:
@@ -327,14 +288,14 @@ class Stepper:
         self._begins[names] = begin_of(depths, run.region)
         return state, depths[-1]
 
-    def _learned(self, run: _Run) -> _Run:
+    def _learned(self, run: Passage) -> Passage:
         """The run with a known beginning of the left-out stages, by a pass for nothing else."""
         self._learning(run)
         names = tuple(place.group.name for place in run.places)
         region = run.region
         return run.at(Region(self._begins[names], region.end, region.least, region.check))
 
-    def _is_residual(self, run: _Run) -> bool:
+    def _is_residual(self, run: Passage) -> bool:
         feature = self.rehash.feature
         if feature == "auto":
             return not run.forward.family.has_skips and run.region.end < len(run.places)
@@ -342,7 +303,7 @@ class Stepper:
 
     def _keep(
         self,
-        run: _Run,
+        run: Passage,
         store: Store,
         step: Step,
         units: list[Unit],
@@ -375,21 +336,30 @@ class Stepper:
         for slot, some in by_slot.items():
             for unit in some:
                 unit.keep(time, slot)
-            rows = run.positions(some)
             for index, slots in enumerate(store.slots):
                 x = hidden if index == 0 else whole(skips[index - 1])
-                base = before if index == 0 else None
-                if rows is None and run.rows is None:
-                    slots.put(slot, x, None, base)
-                    continue
-                part = rows_of(x, run.batch)
-                part = part if base is None else part - base
-                numbers = torch.tensor(_rows(some), device=x.device)
-                chosen = part if rows is None else part.index_select(0, rows)
-                slots.data[slot].index_copy_(0, numbers, chosen)
+                self._put(run, slots, slot, some, x, before if index == 0 else None)
+
+    def _put(
+        self,
+        run: Passage,
+        slots: Slots,
+        slot: int,
+        units: list[Unit],
+        x: Tensor,
+        before: Tensor | None,
+    ) -> None:
+        """Copy a feature of some units into a slot; of a residual stream its growth."""
+        part, rows = rows_of(x, run.batch), run.positions(units)
+        if rows is None and run.rows is None:
+            slots.put(slot, part, before)
+            return
+        part = part if before is None else part - before
+        chosen = part if rows is None else part.index_select(0, rows)
+        slots.put_rows(slot, chosen, rows_in(units))
 
     def _keep_check(
-        self, run: _Run, store: Store, step: Step, units: list[Unit], state: State
+        self, run: Passage, store: Store, step: Step, units: list[Unit], state: State
     ) -> None:
         """Copy the output of the stage that verifies, into the slots of the features."""
         hidden = state.hidden
@@ -400,15 +370,8 @@ class Stepper:
         by_slot: dict[int, list[Unit]] = {}
         for unit in units:
             by_slot.setdefault(unit.times[-1][1], []).append(unit)
-        part = rows_of(hidden, run.batch)
         for slot, some in by_slot.items():
-            rows = run.positions(some)
-            if rows is None and run.rows is None:
-                store.checks.put(slot, hidden, None)
-                continue
-            chosen = part if rows is None else part.index_select(0, rows)
-            numbers = torch.tensor(_rows(some), device=hidden.device)
-            store.checks.data[slot].index_copy_(0, numbers, chosen)
+            self._put(run, store.checks, slot, some, hidden, None)
 
     def _make(self, store: Store, step: Step, features: list[Tensor]) -> None:
         """Slots for the features, as many as the cap allows.
@@ -441,7 +404,7 @@ class Stepper:
     # Predicted steps
 
     def _predicted(
-        self, run: _Run, store: Store, step: Step, units: list[Unit], state: State | None
+        self, run: Passage, store: Store, step: Step, units: list[Unit], state: State | None
     ) -> Tensor:
         """Run what is not left out, on predicted features, for some units."""
         if state is None:
@@ -449,9 +412,11 @@ class Stepper:
         self._supply(run, store, step, units, state)
         return run.finish(state, run.region.end)
 
-    def _supply(self, run: _Run, store: Store, step: Step, units: list[Unit], state: State) -> None:
+    def _supply(
+        self, run: Passage, store: Store, step: Step, units: list[Unit], state: State
+    ) -> None:
         """Put predicted features where the left-out stages would have put theirs."""
-        _leave_schedule()
+        leave_schedule()
         device = store.slots[0].data.device
         base = None
         if self._is_residual(run):
@@ -519,6 +484,19 @@ class Stepper:
 
     # What a call looks like
 
+    def _places(self, forward: Forward, stages: Sequence[Any]) -> tuple[tuple[Place, ...], Region]:
+        """The groups of some stages and what is left out of them, looked up once."""
+        known = self._regions.get(id(stages))
+        if known is not None and known[0] is stages:
+            return known[1:]
+        places = flat(stages)
+        region = self._region(forward, places)
+        if region.begin is not None:
+            if len(self._regions) >= KEPT_REGIONS:
+                self._regions.clear()
+            self._regions[id(stages)] = (stages, places, region)
+        return places, region
+
     def _region(self, forward: Forward, places: tuple[Place, ...]) -> Region:
         watched = self.rehash.policy.watches
         features_from = 2 if forward.family.has_skips else 1  # embeddings; first convolution
@@ -547,103 +525,6 @@ class Stepper:
         return [Unit((i,)) for i in range(batch)]
 
 
-class _Run:
-    """One pass through the groups of a model, for all rows of a part or for some."""
-
-    def __init__(
-        self,
-        stepper: Stepper,
-        forward: Forward,
-        places: tuple[Place, ...],
-        region: Region,
-        inputs: dict[str, Any],
-        batch: int,
-        rows: Tensor | None = None,
-        numbers: tuple[int, ...] | None = None,
-    ) -> None:
-        self.stepper = stepper
-        self.forward = forward
-        self.places = places
-        self.region = region
-        self.inputs = inputs
-        self.batch = batch
-        self.rows = rows
-        self.numbers = tuple(range(batch)) if numbers is None else numbers
-
-    def at(self, region: Region) -> _Run:
-        """The same with another region."""
-        return _Run(
-            self.stepper, self.forward, self.places, region, self.inputs, self.batch, self.rows,
-            self.numbers,
-        )  # fmt: skip
-
-    def inputs_of(self, rows: tuple[int, ...]) -> dict[str, Any] | None:
-        """The arguments of some rows; ``None`` if they cannot be told apart."""
-        from accelrt.models.passes import some_rows
-
-        frames = self.forward.family.frames_of(self.inputs)
-        found = some_rows(self.inputs, self.batch, rows, frames=frames)
-        return None if isinstance(found, str) else found
-
-    def part(self, rows: tuple[int, ...]) -> _Run:
-        """A run of some rows of this one."""
-        inputs = self.inputs_of(rows)
-        assert inputs is not None
-        _leave_schedule()
-        device = self.inputs[self.forward.family.input_name].device
-        index = torch.tensor(rows, device=device)
-        return _Run(
-            self.stepper, self.forward, self.places, self.region, inputs, len(rows), index, rows
-        )
-
-    def positions(self, units: list[Unit]) -> Tensor | None:
-        """Where the rows of some units are among those of this run; ``None`` for all in order."""
-        wanted = _rows(units)
-        if wanted == self.numbers:
-            return None
-        at = {row: i for i, row in enumerate(self.numbers)}
-        device = self.inputs[self.forward.family.input_name].device
-        return torch.tensor([at[row] for row in wanted], device=device)
-
-    def head(self) -> State:
-        """The state in front of the left-out stages; at the start where they are not known."""
-        # Lists are for the stages to empty (T2I-Adapter), and may be needed again.
-        inputs = {k: list(v) if type(v) is list else v for k, v in self.inputs.items()}
-        state = self.forward.family.begin(self.forward.module, inputs)
-        if self.region.begin is not None:
-            self.stages(state, 0, self.region.begin)
-        return state
-
-    def stages(self, state: State, start: int, stop: int) -> int:
-        """Run groups; returns the least depth of the stack of skips on the way."""
-        observer = self.forward.observer
-        lowest = len(state.skips)
-        for place in self.places[start:stop]:
-            if observer is None:
-                place.group(state)
-            else:
-                observer.enter(place.stage, place.group, state)
-                place.group(state)
-                observer.leave(place.stage, place.group, state)
-            lowest = min(lowest, len(state.skips))
-        return lowest
-
-    def finish(self, state: State, start: int) -> Tensor:
-        """Run the rest; the output."""
-        self.stages(state, start, len(self.places))
-        family = self.forward.family
-        if start >= len(self.places) and state.hidden is not None and state.hidden.dim() == 4:
-            state.hidden = channels_last(state.hidden)
-        return family.finish(self.forward.module, state)
-
-
-def _leave_schedule() -> None:
-    """From here on the run makes other buffers than its plan: they go where they fit."""
-    place = arena.current()
-    if place is not None:
-        place.schedule(None)
-
-
 def attach(forward: Forward, tracker: Tracker) -> None:
     """Cut the calls of a denoiser along time.
 
@@ -655,20 +536,6 @@ def attach(forward: Forward, tracker: Tracker) -> None:
     module = weakref.ref(forward.module)
     tracker.model = module
     forward.stepper = stepper
-
-
-def _rows(units: Sequence[Unit]) -> tuple[int, ...]:
-    return tuple(sorted(row for unit in units for row in unit.rows))
-
-
-def _spread(out: Tensor | None, some: Tensor, rows: tuple[int, ...], batch: int) -> Tensor:
-    """Write the output of some rows into that of all."""
-    if out is None:
-        out = some.new_empty((batch, *some.shape[1:]))
-    elif out.shape[0] != batch:
-        raise RuntimeError(f"an output of {out.shape[0]} rows for {batch}")
-    out[torch.tensor(rows, device=out.device)] = some
-    return out
 
 
 def _single(rows: tuple[tuple[float, ...], ...]) -> int | None:
