@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import Tensor, nn
 
 from accelrt.config import Config
-from accelrt.groups import State
+from accelrt.groups import Group, State
 from accelrt.groups.dit_block import AdaLNBlockGroup
 from accelrt.groups.modulated import ModulatedOutGroup, unpatchify
 from accelrt.groups.patch_embed import PatchEmbedGroup
@@ -70,6 +70,21 @@ class DiT(Family):
         """The transformer blocks."""
         blocks: Any = model.transformer_blocks
         return blocks  # type: ignore[no-any-return]
+
+    def like_blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The transformer blocks."""
+        blocks: Any = model.transformer_blocks
+        return tuple(blocks)
+
+    def block_group(self, model: nn.Module, name: str, block: nn.Module, config: Config) -> Group:
+        """An adaLN-Zero block."""
+        return AdaLNBlockGroup(name, block, config)
+
+    def at_time(
+        self, model: nn.Module, inputs: dict[str, Any], given: dict[str, Any], timestep: Tensor
+    ) -> dict[str, Any]:
+        """Blocks embed the timestep themselves."""
+        return {**given, "timestep": timestep}
 
     def stages(self, model: nn.Module, config: Config) -> tuple[Stage, ...]:
         """``embed``, ``blocks.0`` onwards, ``out``."""

@@ -12,7 +12,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from accelrt.config import Config
-from accelrt.groups import State
+from accelrt.groups import Group, State
 from accelrt.groups.recognise import is_plain
 from accelrt.steps.boundary import Boundary
 
@@ -74,6 +74,23 @@ class Family(ABC):
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         """The containers whose children the groups hold."""
         return ()
+
+    def like_blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The equal blocks through which the residual stream passes, in order, if there are such.
+
+        Their stages are ``blocks.0`` onwards, of one group each.
+        """
+        return ()
+
+    def block_group(self, model: nn.Module, name: str, block: nn.Module, config: Config) -> Group:
+        """The group of one more block like :meth:`like_blocks`; ``name`` is its own."""
+        raise TypeError(f"{type(self).__name__} has no like blocks")
+
+    def at_time(
+        self, model: nn.Module, inputs: dict[str, Any], given: dict[str, Any], timestep: Tensor
+    ) -> dict[str, Any]:
+        """What the stock model gives its blocks, ``given``, at another timestep ``[B]``."""
+        raise TypeError(f"{type(self).__name__} has no like blocks")
 
     def parts(
         self, model: nn.Module, inputs: dict[str, Any], config: Config

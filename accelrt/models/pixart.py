@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from torch import Tensor, nn
 
 from accelrt.config import Config
-from accelrt.groups import Context, State
+from accelrt.groups import Context, Group, State
 from accelrt.groups.base import StockGroup
 from accelrt.groups.modulated import ModulatedOutGroup, unpatchify
 from accelrt.groups.patch_embed import PatchEmbedGroup
@@ -115,6 +115,25 @@ class PixArt(Family):
         """The transformer blocks."""
         blocks: Any = model.transformer_blocks
         return blocks  # type: ignore[no-any-return]
+
+    def like_blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The transformer blocks."""
+        blocks: Any = model.transformer_blocks
+        return tuple(blocks)
+
+    def block_group(self, model: nn.Module, name: str, block: nn.Module, config: Config) -> Group:
+        """An adaLN-single block."""
+        return AdaLNSingleBlockGroup(name, block, config)
+
+    def at_time(
+        self, model: nn.Module, inputs: dict[str, Any], given: dict[str, Any], timestep: Tensor
+    ) -> dict[str, Any]:
+        """Blocks are given the modulation of the model's own embedding."""
+        x = inputs["hidden_states"]
+        modulation, _ = model.adaln_single(
+            timestep, inputs["added_cond_kwargs"], batch_size=x.shape[0], hidden_dtype=x.dtype
+        )
+        return {**given, "timestep": modulation}
 
     def stages(self, model: nn.Module, config: Config) -> tuple[Stage, ...]:
         """``embed``, ``blocks.0`` onwards, ``out``."""

@@ -67,11 +67,11 @@ def origin_of(model: nn.Module, scheduler: Any, steps: int) -> Origin:
         scheduler_hash=scheduler_hash(scheduler),
         steps=steps,
         weights=weight_norms(model),
-        model_id=_id_of(model),
+        model_id=model_id(model),
     )
 
 
-def _id_of(model: nn.Module) -> str:
+def model_id(model: nn.Module) -> str:
     """Where a model was loaded from; of a local folder its last two names, which say enough."""
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
@@ -89,7 +89,7 @@ def check_origin(origin: Origin, model: nn.Module | None, scheduler: Any, steps:
             differences.append(f"model {origin.model}, not {type(model).__name__}")
         elif model_hash(model) != origin.model_hash:
             differences.append(f"another {origin.model} (hash {origin.model_hash})")
-        elif not _same_weights(origin.weights, weight_norms(model)):
+        elif not same_weights(origin.weights, weight_norms(model)):
             differences.append(f"a {origin.model} with other weights")
     if type(scheduler).__name__ != origin.scheduler:
         differences.append(f"scheduler {origin.scheduler}, not {type(scheduler).__name__}")
@@ -101,7 +101,8 @@ def check_origin(origin: Origin, model: nn.Module | None, scheduler: Any, steps:
         raise ValueError(f"the schedule was made for {'; for '.join(differences)}")
 
 
-def _same_weights(made_for: tuple[float, ...], found: tuple[float, ...]) -> bool:
+def same_weights(made_for: tuple[float, ...], found: tuple[float, ...]) -> bool:
+    """Whether norms from :func:`weight_norms` are of the same weights, in any precision."""
     if len(made_for) != len(found):
         return not made_for
     pairs = zip(made_for, found, strict=True)

@@ -1,0 +1,125 @@
+"""The outer steps of Inner Loop Feedback: which they are, and which of them have feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+#: Smallest jump between outer timesteps that :func:`shrinking` makes.
+FLOOR = 10
+
+
+@dataclass(frozen=True)
+class FeedbackSchedule:
+    """The steps that are run in place of a larger number.
+
+    Args:
+        stands_for: ``num_inference_steps`` of the call that they answer.
+        feedback: for each outer step, whether the loop runs again.
+        timesteps: of the outer steps, falling; ``None`` for the scheduler's own spacing of
+            as many steps.
+        ahead: how far on its way to the next timestep a step's output with feedback stands
+            for: 0 for the step's own timestep, 0.5 for the middle, below 1.
+
+    Raises:
+        ValueError: for a wrong value, naming it and what is allowed.
+    """
+
+    stands_for: int
+    feedback: tuple[bool, ...]
+    timesteps: tuple[int, ...] | None = None
+    ahead: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.stands_for < 1:
+            raise ValueError(f"stands_for is {self.stands_for}; allowed: at least 1")
+        if not self.feedback or not all(isinstance(on, bool) for on in self.feedback):
+            raise ValueError(f"feedback is {self.feedback!r}; allowed: true or false for each step")
+        if not 0 <= self.ahead < 1:
+            raise ValueError(f"ahead is {self.ahead}; allowed: 0 to below 1")
+        times = self.timesteps
+        if times is None:
+            return
+        if len(times) != len(self.feedback):
+            raise ValueError(
+                f"{len(times)} timesteps for {len(self.feedback)} values of feedback; allowed: as "
+                f"many"
+            )
+        if any(a <= b for a, b in zip(times, times[1:], strict=False)) or times[-1] < 0:
+            raise ValueError(f"timesteps are {list(times)}; allowed: falling, none below 0")
+
+    @property
+    def outer(self) -> int:
+        """Number of passes through the model."""
+        return len(self.feedback)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; :meth:`from_dict` reads them."""
+        times = None if self.timesteps is None else list(self.timesteps)
+        return {"feedback": list(self.feedback), "timesteps": times, "ahead": self.ahead}
+
+    @classmethod
+    def from_dict(cls, stands_for: int, values: dict[str, Any]) -> FeedbackSchedule:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: for an unknown key or a wrong value.
+        """
+        unknown = sorted(set(values) - {"feedback", "timesteps", "ahead"})
+        if unknown:
+            raise ValueError(f"unknown key {unknown[0]!r}; allowed: ahead, feedback, timesteps")
+        times = values.get("timesteps")
+        return cls(
+            stands_for=stands_for,
+            feedback=tuple(values.get("feedback", ())),
+            timesteps=None if times is None else tuple(int(t) for t in times),
+            ahead=float(values.get("ahead", 0.0)),
+        )
+
+
+def every(stands_for: int, outer: int, steps: int | Sequence[int] | None = None) -> FeedbackSchedule:
+    """``outer`` steps with the scheduler's own spacing, some of them with feedback.
+
+    Args:
+        stands_for: number of steps of the call.
+        outer: number of passes.
+        steps: how many of them have feedback, from the first on, or which; ``None``: all.
+
+    Raises:
+        ValueError: ``steps`` are not among the outer steps.
+    """
+    chosen = range(outer) if steps is None else range(steps) if isinstance(steps, int) else steps
+    if any(not 0 <= i < outer for i in chosen):
+        raise ValueError(f"feedback steps {list(chosen)}; allowed: 0 to {outer - 1}")
+    return FeedbackSchedule(stands_for, tuple(i in chosen for i in range(outer)))
+
+
+def shrinking(first: int, outer: int, last: int = 0, floor: int = FLOOR) -> tuple[int, ...]:
+    """Timesteps whose jumps shrink linearly towards the end.
+
+    Args:
+        first: the first timestep.
+        outer: how many there are.
+        last: where the jump after the last one ends.
+        floor: the smallest jump.
+
+    Raises:
+        ValueError: there is no room for jumps of at least ``floor``.
+
+    Source: Inner Loop Feedback has jumps that shrink towards 0, of at least 10; the list
+    itself is not published.
+    """
+    room = first - last
+    if outer < 1 or floor < 1 or room < outer * floor:
+        raise ValueError(
+            f"{outer} jumps of at least {floor} from {first} to {last}; allowed: at most {room}"
+        )
+    weights = [2.0 * (outer - i) / (outer * (outer + 1)) for i in range(outer)]
+    spare = room - outer * floor
+    jumps = [floor + round(spare * weight) for weight in weights]
+    jumps[0] += room - sum(jumps)
+    times = [first]
+    for jump in jumps[:-1]:
+        times.append(times[-1] - jump)
+    return tuple(times)
