@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from accelrt.memory.sizes import bytes_text
-from accelrt.steps.report import StepsReport, steps_report
+from accelrt.steps.report import FeedbackReport, StepsReport, report_of
 
 if TYPE_CHECKING:
     from accelrt.models.forward import Forward
@@ -46,7 +46,8 @@ class Summary:
         unsupported: components that were not wrapped, with their classes.
         planned: with a memory budget, reserved bytes of the last plan of each component.
         exceeded: buffers that found no room in the arena of a plan.
-        steps: what the step policy did in the last request; ``None`` without one.
+        steps: what the step policy or the feedback did in the last request; ``None`` without
+            either.
     """
 
     rows: tuple[Row, ...]
@@ -54,7 +55,7 @@ class Summary:
     unsupported: dict[str, str]
     planned: dict[str, int]
     exceeded: int
-    steps: StepsReport | None = None
+    steps: StepsReport | FeedbackReport | None = None
 
     def counts(self) -> dict[str, int]:
         """Number of groups per status."""
@@ -117,10 +118,10 @@ def describe(found: list[tuple[str, Forward]], unsupported: dict[str, str]) -> S
     stock: dict[str, str] = {}
     planned: dict[str, int] = {}
     exceeded: dict[int, int] = {}
-    steps: StepsReport | None = None
+    steps: StepsReport | FeedbackReport | None = None
     for component, forward in found:
         if forward.stepper is not None:
-            steps = steps_report(forward.stepper.tracker)
+            steps = report_of(forward)
         if forward.planner is not None:
             reserved, spills = forward.planner.report(forward)
             exceeded[id(forward.planner)] = spills

@@ -14,6 +14,7 @@ from accelrt.report import Summary, describe
 from accelrt.swap import find, restore, swap
 
 if TYPE_CHECKING:
+    from accelrt.feedback.module import FeedbackModule
     from accelrt.models.forward import Forward
     from accelrt.planning.budget import BudgetPlanner
     from accelrt.planning.plan import Plan
@@ -28,6 +29,7 @@ def wrap(
     *,
     config: Config | None = None,
     rehash: Rehash | str | Path | None = None,
+    feedback: FeedbackModule | str | Path | None = None,
     quality_floor: float | None = None,
     **overrides: Any,
 ) -> Any:
@@ -35,9 +37,9 @@ def wrap(
 
     The forwards of the supported components are replaced by ones that run the same
     modules as sliced, fused operator groups. Classes, signatures, return types,
-    parameters and ``state_dict`` keys stay as they are, and, without ``rehash``, the output
-    equals the stock output within the rounding error that the stock model itself has in its
-    dtype.
+    parameters and ``state_dict`` keys stay as they are, and, without ``rehash`` and
+    ``feedback``, the output equals the stock output within the rounding error that the stock
+    model itself has in its dtype.
 
     Args:
         pipe_or_model: a ``DiffusionPipeline`` (every supported component is wrapped) or
@@ -47,12 +49,17 @@ def wrap(
             made; the output is then an approximation. A :class:`accelrt.steps.Rehash`, the
             file of a calibrated one, or ``"auto"``: a conservative one. Not
             part of ``config``, whose settings are all exact. ``None``: every step is computed.
-        quality_floor: with ``rehash`` and a pipeline: least PSNR in dB, for example 30, of a
-            request against the same with every step computed. The first request in which
-            steps are predicted runs twice, from the same random numbers, callbacks and
-            progress bar included. Below the floor, its fully computed output is returned,
-            and from then on every step is computed, which one warning says; else the
-            accelerated output is, and later requests run once. ``None``: nothing is checked.
+        feedback: run with Inner Loop Feedback: a trained
+            :class:`accelrt.feedback.FeedbackModule`, or the folder that it was saved to. A call
+            with a number of steps that the module has a schedule for runs the outer steps of
+            that schedule; the output is then an approximation. Not together with ``rehash``.
+        quality_floor: with ``rehash`` or ``feedback`` and a pipeline: least PSNR in dB, for
+            example 30, of a request against the same with every step computed. The first
+            request in which steps are predicted, or have feedback, runs twice, from the same
+            random numbers, callbacks and progress bar included. Below the floor, its fully
+            computed output is returned, and from then on every step is computed, which one
+            warning says; else the accelerated output is, and later requests run once.
+            ``None``: nothing is checked.
         overrides: single settings of :class:`Config`, over those of ``config``.
 
     Returns:
@@ -64,7 +71,8 @@ def wrap(
         OSError: the file of ``rehash`` cannot be read.
 
     Source: Feature Slicer and Operator Grouping of Streamlined Inference (arXiv
-    2411.01171, section 3), made exact; with ``rehash`` its Step Rehash, too.
+    2411.01171, section 3), made exact; with ``rehash`` its Step Rehash, too; ``feedback``:
+    Inner Loop Feedback (arXiv 2501.13107).
     """
     if config is None:
         config = Config()
@@ -74,12 +82,15 @@ def wrap(
     if quality_floor is not None:
         from accelrt.quality import gate
 
-        gate.check_floor(quality_floor, pipe_or_model, rehash=rehash is not None)
+        approximate = rehash is not None or feedback is not None
+        gate.check_floor(quality_floor, pipe_or_model, rehash=approximate)
     from accelrt.models import supported
     from accelrt.models.forward import Forward
     from accelrt.steps.session import Tracker
     from accelrt.steps.stepper import attach
 
+    if rehash is not None and feedback is not None:
+        raise ValueError("rehash and feedback were both given; allowed: one of them")
     parts = _parts(pipe_or_model)
     if not parts:
         raise UnsupportedModelError(
@@ -91,6 +102,7 @@ def wrap(
             name = type(module).__name__ + (f" ({path})" if path else "")
             raise ValueError(f"{name} is wrapped already; call accelrt.unwrap first")
     settings = _rehash(rehash)
+    feedback_module = _feedback(feedback)
     planner = _planner(pipe_or_model, config)
     tracker: Tracker | None = None
     done: list[nn.Module] = []
@@ -101,13 +113,16 @@ def wrap(
             if settings is not None and forward.is_denoiser:
                 tracker = tracker or Tracker(settings, pipe_or_model)
                 attach(forward, tracker)
+            if feedback_module is not None and forward.is_denoiser:
+                tracker = _loop(forward, feedback_module, pipe_or_model)
             swap(module, forward)
             done.append(module)
             if planner is not None:
                 planner.attach(forward)
-        if settings is not None and tracker is None:
+        if tracker is None and not (settings is None and feedback_module is None):
+            what = "rehash" if feedback_module is None else "feedback"
             raise ValueError(
-                f"rehash: {type(pipe_or_model).__name__} has no supported denoiser to step"
+                f"{what}: {type(pipe_or_model).__name__} has no supported denoiser to step"
             )
         if quality_floor is not None and tracker is not None:
             gate.install(pipe_or_model, tracker, quality_floor)
@@ -132,6 +147,36 @@ def _rehash(given: Rehash | str | Path | None) -> Rehash | None:
     if isinstance(given, (str, Path)):
         return Rehash.load(given)
     raise ValueError(f"rehash is {given!r}; allowed: a Rehash, the path of a file, 'auto', None")
+
+
+def _feedback(given: FeedbackModule | str | Path | None) -> FeedbackModule | None:
+    """The module, loaded from its folder where it is one."""
+    if given is None:
+        return None
+    from accelrt.feedback.module import FeedbackModule
+
+    if isinstance(given, FeedbackModule):
+        module: FeedbackModule = given
+        return module
+    if not isinstance(given, (str, Path)):
+        raise ValueError(
+            f"feedback is {type(given).__name__}; allowed: a FeedbackModule, a folder's path, None"
+        )
+    if not (Path(given) / "config.json").is_file():
+        raise ValueError(f"feedback: {given} has no config.json; allowed: the folder of a module")
+    loaded: FeedbackModule = FeedbackModule.from_pretrained(given)
+    return loaded
+
+
+def _loop(forward: Forward, module: FeedbackModule, target: Any) -> Tracker:
+    """Run a denoiser with feedback; what follows its requests."""
+    from accelrt.steps.inner_loop import attach
+    from accelrt.steps.outer_steps import OuterSteps
+
+    module.check(forward.module)
+    tracker = OuterSteps(module, target)
+    attach(forward, module, tracker)
+    return tracker
 
 
 def reset(pipe_or_model: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ ENTERS = ("every", "first")
 CONDITIONING = ("t", "ahead")
 
 
-class FeedbackModule(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class FeedbackModule(ModelMixin, ConfigMixin):
     """Inner Loop Feedback: one learned block that lets a pass through a transformer do more.
 
     Of the blocks of the backbone, ``start`` run first, the next ``length`` are the loop. The
@@ -60,7 +61,7 @@ class FeedbackModule(ModelMixin, ConfigMixin):  # type: ignore[misc]
     scales' shape, and the conditioning are not stated there.
     """
 
-    config_name = "config.json"
+    config_name: Any = "config.json"
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -84,19 +85,25 @@ class FeedbackModule(ModelMixin, ConfigMixin):  # type: ignore[misc]
         scheduler_class: str = "",
         scheduler_config: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         _allowed("block_class", block_class, tuple(BLOCKS))
         _allowed("enters", enters, ENTERS)
         _allowed("scale_shape", scale_shape, SCALES)
         _allowed("conditioning", conditioning, CONDITIONING)
-        for name, value, least in (("start", start, 0), ("length", length, 1), ("passes", passes, 1)):
+        counts = (("start", start, 0), ("length", length, 1), ("passes", passes, 1))
+        for name, value, least in counts:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} is {value!r}; allowed: an integer >= {least}")
+        self.start, self.length, self.passes = start, length, passes
+        self.enters, self.scale_shape, self.conditioning = enters, scale_shape, conditioning
         self.schedules = {
             int(steps): FeedbackSchedule.from_dict(int(steps), entry)
             for steps, entry in (schedules or {}).items()
         }
         self.block = BLOCKS[block_class](**(block_config or {}))
+        for part in self.block.modules():
+            if isinstance(part, LabelEmbedding):
+                part.dropout_prob = 0.0  # who trains says which samples have no label
         rows = length if enters == "every" else 1
         shape = {"channel": (rows, width), "block": (rows, 1), "scalar": (1, 1)}[scale_shape]
         if learned_scale:
@@ -138,7 +145,7 @@ class FeedbackModule(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if copy_block is not None and not 0 <= copy_block < count:
             raise ValueError(f"copy_block is {copy_block}; allowed: 0 to {count - 1}, or None")
         block_config = block_arguments(blocks[start], model)
-        module = cls(
+        module: Any = cls(
             block_class=type(blocks[start]).__name__,
             block_config=block_config,
             width=int(blocks[start].dim),
@@ -159,22 +166,24 @@ class FeedbackModule(ModelMixin, ConfigMixin):  # type: ignore[misc]
             )
         if copy_block is not None:
             module.block.load_state_dict(blocks[copy_block].state_dict())
-        if not module.config.learned_scale:
-            for parameter in module.block.ff.net[-1].parameters():
+        if not module.config["learned_scale"]:
+            block: Any = module.block
+            for parameter in block.ff.net[-1].parameters():
                 nn.init.zeros_(parameter)
         example = next(model.parameters())
-        return module.to(device=example.device, dtype=example.dtype)
+        placed: FeedbackModule = module.to(device=example.device, dtype=example.dtype)
+        return placed
 
     @property
     def loop(self) -> range:
         """Indices of the loop's blocks."""
-        return range(self.config.start, self.config.start + self.config.length)
+        return range(self.start, self.start + self.length)
 
     def scale(self, index: int) -> Tensor | None:
         """Of the feedback into the loop's block ``index``, ``[width]`` or ``[1]``; or ``None``."""
-        if self.config.enters == "first":
+        if self.enters == "first":
             return self.scales[0] if index == 0 else None
-        return self.scales[0 if self.config.scale_shape == "scalar" else index]
+        return self.scales[0 if self.scale_shape == "scalar" else index]
 
     def check(self, model: nn.Module) -> None:
         """Refuse another model than the one that this module is for.
@@ -184,7 +193,7 @@ class FeedbackModule(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         from accelrt.steps.origin import same_weights
 
-        config = self.config
+        config: Any = self.config
         name = type(model).__name__
         blocks = like_blocks(model)
         what = ""
@@ -194,19 +203,17 @@ class FeedbackModule(ModelMixin, ConfigMixin):  # type: ignore[misc]
             what = f"another {name} ({config.base_id or 'hash ' + config.base_hash})"
         elif not same_weights(tuple(config.base_norms), weight_norms(model)):
             what = f"a {name} with other weights ({config.base_id})"
-        elif config.start + config.length > len(blocks):
-            what = f"a {name} with at least {config.start + config.length} blocks"
+        elif self.start + self.length > len(blocks):
+            what = f"a {name} with at least {self.start + self.length} blocks"
         if what:
             raise ValueError(f"the feedback module was trained for {what}")
 
     def blocks_run(self, count: int, feedback: bool) -> int:
-        """Blocks that one pass through a model of ``count`` blocks runs, the feedback's included."""
-        return count + (self.config.passes * (self.config.length + 1) if feedback else 0)
+        """Blocks that one pass through a model of ``count`` blocks runs, with the feedback's."""
+        return count + (self.passes * (self.length + 1) if feedback else 0)
 
     @contextmanager
-    def applied(
-        self, model: nn.Module, ahead: Tensor | None = None
-    ) -> Iterator[None]:
+    def applied(self, model: nn.Module, ahead: Tensor | None = None) -> Iterator[None]:
         """Meanwhile the *stock* forward of ``model`` runs with feedback, with gradients.
 
         This is what training uses and what the runtime is compared with: hooks on the blocks,
@@ -220,7 +227,7 @@ class FeedbackModule(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         (_, family), *_ = parts_of(model)
         blocks = like_blocks(model)
-        loop = [blocks[i] for i in self.loop]
+        loop: list[Any] = [blocks[i] for i in self.loop]
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         inputs: dict[str, Any] = {}
         signature = inspect.signature(type(model).forward)
@@ -242,10 +249,10 @@ class FeedbackModule(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 return None
             busy = True
             try:
-                (head, *_), given = calls[0]
-                if ahead is not None and self.config.conditioning == "ahead":
+                positional, given = calls[0]
+                if ahead is not None and self.conditioning == "ahead":
                     given = family.at_time(model, inputs, given, ahead)
-                return self._again(loop, head, output, given)
+                return self._again(loop, positional[0], output, given)
             finally:
                 busy = False
 
@@ -264,7 +271,7 @@ class FeedbackModule(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self, loop: Sequence[nn.Module], head: Tensor, u: Tensor, given: dict[str, Any]
     ) -> Tensor:
         """The loop's output with feedback, from its first output."""
-        for _ in range(self.config.passes):
+        for _ in range(self.passes):
             g = self.block(u, **given)
             v = head
             for index, block in enumerate(loop):

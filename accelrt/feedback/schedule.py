@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ class FeedbackSchedule:
                 f"{len(times)} timesteps for {len(self.feedback)} values of feedback; allowed: as "
                 f"many"
             )
-        if any(a <= b for a, b in zip(times, times[1:], strict=False)) or times[-1] < 0:
+        if any(a <= b for a, b in itertools.pairwise(times)) or times[-1] < 0:
             raise ValueError(f"timesteps are {list(times)}; allowed: falling, none below 0")
 
     @property
@@ -78,7 +79,9 @@ class FeedbackSchedule:
         )
 
 
-def every(stands_for: int, outer: int, steps: int | Sequence[int] | None = None) -> FeedbackSchedule:
+def every(
+    stands_for: int, outer: int, steps: int | Sequence[int] | None = None
+) -> FeedbackSchedule:
     """``outer`` steps with the scheduler's own spacing, some of them with feedback.
 
     Args:

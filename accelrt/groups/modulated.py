@@ -101,7 +101,8 @@ class ModulatedBlockGroup(Group):
             attentions = self.attentions(state, stream)
             reason = attentions if isinstance(attentions, str) else ""
         if not reason:
-            modulation = self.modulation(state, stream)
+            made: Tensor | None = state.extras.get("modulations", {}).get(self.name)
+            modulation = self.modulation(state, stream) if made is None else made
             reason = _misfit(modulation, stream)
         if reason:
             self.left_alone = reason
@@ -269,8 +270,8 @@ class ModulatedOutGroup(Group):
         self.projection = projection
 
     @abstractmethod
-    def modulation(self, state: State, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift, each ``[B or 1, D]``."""
+    def modulation(self, state: State, x: Tensor) -> Tensor:
+        """Shift and scale ``[B or 1, 2, D]``."""
 
     def unfused(self) -> list[str]:
         """The norm, if it is not plain."""
@@ -282,7 +283,8 @@ class ModulatedOutGroup(Group):
         """``[B, S, D]`` to ``[B, S, patch * patch * C]``."""
         norm: Any = self.module
         x = state.take()
-        scale, shift = self.modulation(state, x)
+        made: Tensor | None = state.extras.get("modulations", {}).get(self.name)
+        shift, scale = (self.modulation(state, x) if made is None else made).unbind(1)
         fused = self.config.fuse and plain_norm(norm, nn.LayerNorm, x.dtype)
         if fused and scale.dtype == x.dtype and scale.shape[0] in (1, x.shape[0]):
             overwrite = self.config.inplace and state.writable(x)

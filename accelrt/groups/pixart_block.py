@@ -50,7 +50,10 @@ class AdaLNSingleBlockGroup(ModulatedBlockGroup):
                 bias = mask_by_sample(mask, batch, heads, stream.shape[1], keys)
                 if bias is None:
                     return f"an attention mask {tuple(mask.shape)} of an unknown form"
-            found.append(SampleAttention(attn, self.config.fuse, stream.dtype, caption, bias))
+            layer = SampleAttention(attn, self.config.fuse, stream.dtype, caption, bias)
+            if caption is not None:
+                layer.keep_keys(state.extras.get("context_keys"), self.name)
+            found.append(layer)
         return tuple(found)
 
     def as_it_came(self, state: State, stream: Tensor) -> Tensor:

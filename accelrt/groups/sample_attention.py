@@ -55,6 +55,23 @@ class SampleAttention:
             # The scores and the mask meet in one addition there, which may not mix dtypes.
             self.known = mask.dtype == dtype and not attn.upcast_attention
         self.fresh = self.known and is_plain_linear(attn.to_out[0])
+        self._keys: tuple[Tensor, Tensor] | None = None
+
+    def keep_keys(self, known: dict[str, Any] | None, name: str) -> None:
+        """Take keys and values of the context from ``known[name]``, and put them there first.
+
+        Args:
+            known: of a request in which the context stays; ``None`` for none.
+            name: of the layer.
+        """
+        attn = self.attn
+        if known is None or self.context is None or not self.known:
+            return
+        if not (_is_free(attn.to_k) and _is_free(attn.to_v)):
+            return
+        if name not in known:
+            known[name] = (attn.to_k(self.context), attn.to_v(self.context))
+        self._keys = known[name]
 
     @property
     def keeps_input(self) -> bool:
@@ -78,9 +95,12 @@ class SampleAttention:
             stock_mask = None if mask is None else mask.flatten(0, 1)
             y: Tensor = attn(x, encoder_hidden_states=context, attention_mask=stock_mask)
             return y
-        source = x if context is None else context
-        q, k, v = attn.to_q(x), attn.to_k(source), attn.to_v(source)
-        del x, source  # a normed slice that nobody else needs
+        q = attn.to_q(x)
+        if context is None:
+            k, v = attn.to_k(x), attn.to_v(x)
+        else:
+            k, v = self.context_keys(samples)
+        del x  # a normed slice that nobody else needs
         mixed = mix(attn, q, k, v, mask)
         del q, k, v
         projected: Tensor = attn.to_out[0](mixed)
@@ -89,6 +109,8 @@ class SampleAttention:
     def context_keys(self, samples: slice) -> tuple[Tensor, Tensor]:
         """Keys and values ``[n, L, D]`` of the context of some samples."""
         assert self.context is not None
+        if self._keys is not None:
+            return self._keys[0][samples], self._keys[1][samples]
         context = self.context[samples]
         return self.attn.to_k(context), self.attn.to_v(context)
 

@@ -16,6 +16,7 @@ from accelrt.groups import Group, State
 from accelrt.groups.dit_block import AdaLNBlockGroup
 from accelrt.groups.modulated import ModulatedOutGroup, unpatchify
 from accelrt.groups.patch_embed import PatchEmbedGroup
+from accelrt.steps.conditions import rows_of_times, tiled
 
 from .family import CallShape, Family, meta, register, without_guidance
 from .passes import sample_passes
@@ -37,18 +38,19 @@ class DiTOutGroup(ModulatedOutGroup):
         self.embed = model.transformer_blocks[0].norm1
         self.source = model.proj_out_1
 
-    def modulation(self, state: State, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift, each ``[B or 1, D]``."""
+    def modulation(self, state: State, x: Tensor) -> Tensor:
+        """Shift and scale ``[B or 1, 2, D]``."""
         inputs = state.inputs
         emb = self.embed.emb(inputs["timestep"], inputs["class_labels"], hidden_dtype=x.dtype)
-        shift, scale = self.source(F.silu(emb)).chunk(2, dim=1)
-        return scale, shift
+        made: Tensor = self.source(F.silu(emb))
+        return made.view(made.shape[0], 2, -1)
 
 
 class DiT(Family):
     """Patch embedding, adaLN-Zero blocks, modulated output."""
 
     input_name = "hidden_states"
+    conditioning = ("class_labels",)
 
     def parts(
         self, model: nn.Module, inputs: dict[str, Any], config: Config
@@ -85,6 +87,29 @@ class DiT(Family):
     ) -> dict[str, Any]:
         """Blocks embed the timestep themselves."""
         return {**given, "timestep": timestep}
+
+    def retime(self, state: State, time: float) -> None:
+        """Blocks embed the timestep of the call themselves."""
+        inputs = state.inputs
+        batch = inputs["hidden_states"].shape[0]
+        state.inputs = {**inputs, "timestep": rows_of_times([time], batch, inputs["timestep"])}
+
+    def made_ahead(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        inputs: dict[str, Any],
+        times: Sequence[float],
+    ) -> dict[str, Tensor]:
+        """The modulations of the blocks and of the output."""
+        x, batch = inputs["hidden_states"], inputs["hidden_states"].shape[0]
+        given = tiled(inputs, ("class_labels",), batch, len(times))
+        given["timestep"] = rows_of_times(times, batch, inputs["timestep"])
+        made = {}
+        for group in groups:
+            if isinstance(group, (AdaLNBlockGroup, DiTOutGroup)) and not group.unrecognised():
+                made[group.name] = group.modulation(State(given), x.new_empty(0))
+        return made
 
     def stages(self, model: nn.Module, config: Config) -> tuple[Stage, ...]:
         """``embed``, ``blocks.0`` onwards, ``out``."""

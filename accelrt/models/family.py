@@ -52,6 +52,8 @@ class Family(ABC):
     #: Dimensions that the input must have; ``None`` if the stages take any that stock takes.
     dimensions: int | None = None
     lora_scale_kwargs: str | None = None
+    #: Arguments that say what is wanted, and stay the same from step to step.
+    conditioning: tuple[str, ...] = ()
     #: Earlier stages push skips that later ones pop.
     has_skips = False
 
@@ -91,6 +93,30 @@ class Family(ABC):
     ) -> dict[str, Any]:
         """What the stock model gives its blocks, ``given``, at another timestep ``[B]``."""
         raise TypeError(f"{type(self).__name__} has no like blocks")
+
+    def retime(self, state: State, time: float) -> None:
+        """Let the groups of the like blocks run at another timestep from here on."""
+        raise TypeError(f"{type(self).__name__} has no like blocks")
+
+    def made_ahead(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        inputs: dict[str, Any],
+        times: Sequence[float],
+    ) -> dict[str, Tensor]:
+        """What some groups compute from timestep and conditioning alone, for several timesteps.
+
+        Args:
+            model: the model.
+            groups: of a call, the feedback block's among them.
+            inputs: arguments of a call with ``B`` samples.
+            times: timesteps.
+
+        Returns:
+            By name of the group, ``[len(times) * B, ...]``.
+        """
+        return {}
 
     def parts(
         self, model: nn.Module, inputs: dict[str, Any], config: Config

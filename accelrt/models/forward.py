@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from accelrt.config import Config
 from accelrt.groups.slicing import current_probe
 from accelrt.memory.arena import Arena, activate
+from accelrt.steps.inner_loop import InnerLoop
 from accelrt.steps.session import Step
 from accelrt.steps.stepper import Stepper
 
@@ -123,7 +124,7 @@ class Forward:
         self._structure: tuple[Any, ...] | None = None
         self._stages: tuple[Stage, ...] = ()
         self.planner: Planner | None = None
-        self.stepper: Stepper | None = None
+        self.stepper: Stepper | InnerLoop | None = None
         self._random: list[nn.Module] = []
         self._signature = inspect.signature(type(module).forward)
         self.__name__ = "forward"

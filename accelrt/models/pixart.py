@@ -16,6 +16,7 @@ from accelrt.groups.base import StockGroup
 from accelrt.groups.modulated import ModulatedOutGroup, unpatchify
 from accelrt.groups.patch_embed import PatchEmbedGroup
 from accelrt.groups.pixart_block import AdaLNSingleBlockGroup
+from accelrt.steps.conditions import rows_of_times, tiled
 
 from .family import CallShape, Family, meta, register, without_guidance
 from .passes import sample_passes
@@ -32,14 +33,25 @@ class ModulationGroup(StockGroup):
 
     def run(self, state: State) -> None:
         """``temb`` ``[B, D]``, and ``extras["modulation"]`` ``[B, 6 * D]``."""
-        hidden, inputs = state.hidden, state.inputs
+        hidden = state.hidden
         assert hidden is not None
-        state.extras["modulation"], state.temb = self.module(
-            inputs["timestep"],
-            inputs["added_cond_kwargs"],
-            batch_size=hidden.shape[0],
-            hidden_dtype=hidden.dtype,
+        made = state.extras.get("modulations", {})
+        if self.name in made:
+            state.extras["modulation"] = made[self.name]
+            state.temb = made[f"{self.name}.temb"]
+            return
+        state.extras["modulation"], state.temb = self.embed(
+            state.inputs, hidden.shape[0], hidden.dtype
         )
+
+    def embed(
+        self, inputs: dict[str, Any], batch: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """``[B, 6 * D]`` and ``[B, D]``, from ``timestep`` and ``added_cond_kwargs``."""
+        modulation, temb = self.module(
+            inputs["timestep"], inputs["added_cond_kwargs"], batch_size=batch, hidden_dtype=dtype
+        )
+        return modulation, temb
 
 
 class CaptionGroup(StockGroup):
@@ -51,26 +63,33 @@ class CaptionGroup(StockGroup):
         """``context.full`` ``[B, L, E]`` to ``[B, L, D]``."""
         hidden = state.hidden
         assert hidden is not None
+        known: dict[str, tuple[Tensor, ...]] | None = state.extras.get("context_keys")
+        if known is not None and self.name in known:
+            state.context.full = known[self.name][0]
+            return
         caption: Tensor = self.module(state.context.full)
         # Where batches differ, the stock model deals the rows out anew; so must we.
         state.context.full = caption.view(hidden.shape[0], -1, hidden.shape[-1])
+        if known is not None:
+            known[self.name] = (state.context.full,)
 
 
 class PixArtOutGroup(ModulatedOutGroup):
     """Final norm, modulated by the model's table, ``extras["table"]``, and the timestep."""
 
-    def modulation(self, state: State, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift, each ``[B or 1, D]``."""
+    def modulation(self, state: State, x: Tensor) -> Tensor:
+        """Shift and scale ``[B or 1, 2, D]``."""
         table, temb = state.extras["table"], state.temb
         assert temb is not None
-        shift, scale = (table[None] + temb[:, None].to(table.device)).to(x.device).unbind(1)
-        return scale, shift
+        made: Tensor = (table[None] + temb[:, None].to(table.device)).to(x.device)
+        return made
 
 
 class PixArt(Family):
     """Patch embedding and caption, adaLN-single blocks with cross-attention, modulated output."""
 
     input_name = "hidden_states"
+    conditioning = ("encoder_hidden_states", "encoder_attention_mask", "added_cond_kwargs")
 
     def declines(self, model: nn.Module, inputs: dict[str, Any]) -> str:
         """Besides the usual reasons: what makes the stock model raise."""
@@ -101,6 +120,7 @@ class PixArt(Family):
 
     def begin(self, model: nn.Module, inputs: dict[str, Any]) -> State:
         """The caption as it was given, and both masks as biases."""
+        pixart: Any = model
         dtype = inputs["hidden_states"].dtype
         context = Context(
             full=inputs["encoder_hidden_states"],
@@ -108,7 +128,10 @@ class PixArt(Family):
             encoder_attention_mask=_bias(inputs["encoder_attention_mask"], dtype),
             cross_attention_kwargs=inputs["cross_attention_kwargs"],
         )
-        extras = {"table": model.scale_shift_table}
+        extras: dict[str, Any] = {
+            "table": pixart.scale_shift_table,
+            "embedding": pixart.adaln_single,
+        }
         return State(inputs, context=context, extras=extras)
 
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
@@ -130,10 +153,49 @@ class PixArt(Family):
     ) -> dict[str, Any]:
         """Blocks are given the modulation of the model's own embedding."""
         x = inputs["hidden_states"]
-        modulation, _ = model.adaln_single(
+        embedding: Any = model.adaln_single
+        modulation, _ = embedding(
             timestep, inputs["added_cond_kwargs"], batch_size=x.shape[0], hidden_dtype=x.dtype
         )
         return {**given, "timestep": modulation}
+
+    def retime(self, state: State, time: float) -> None:
+        """The blocks are given the modulation of another timestep."""
+        inputs = state.inputs
+        x = inputs["hidden_states"]
+        state.inputs = {**inputs, "timestep": rows_of_times([time], len(x), inputs["timestep"])}
+        made = state.extras.get("modulations", {})
+        if "adaln_single" in made:
+            state.extras["modulation"] = made["adaln_single"]
+            return
+        embedding: Any = state.extras["embedding"]
+        state.extras["modulation"], _ = embedding(
+            state.inputs["timestep"], inputs["added_cond_kwargs"],
+            batch_size=len(x), hidden_dtype=x.dtype,
+        )  # fmt: skip
+
+    def made_ahead(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        inputs: dict[str, Any],
+        times: Sequence[float],
+    ) -> dict[str, Tensor]:
+        """The embeddings of the timesteps, and the modulations of the blocks."""
+        x = inputs["hidden_states"]
+        rows = len(times) * len(x)
+        given = tiled(inputs, ("added_cond_kwargs",), len(x), len(times))
+        given["timestep"] = rows_of_times(times, len(x), inputs["timestep"])
+        state, made = State(given), {}
+        for group in groups:
+            if isinstance(group, ModulationGroup):
+                shared, temb = group.embed(given, rows, x.dtype)
+                made[group.name], made[f"{group.name}.temb"] = shared, temb
+                state.extras["modulation"] = shared
+        for group in groups:
+            if isinstance(group, AdaLNSingleBlockGroup) and not group.unrecognised():
+                made[group.name] = group.modulation(state, x.new_empty(rows, 0))
+        return made
 
     def stages(self, model: nn.Module, config: Config) -> tuple[Stage, ...]:
         """``embed``, ``blocks.0`` onwards, ``out``."""

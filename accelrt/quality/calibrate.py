@@ -22,6 +22,7 @@ from accelrt.steps.predictors import Reuse
 from accelrt.steps.rehash import Rehash
 from accelrt.steps.search import Matrix
 from accelrt.steps.session import Step
+from accelrt.steps.stepper import Stepper
 from accelrt.wrap import forwards, is_wrapped, unwrap, wrap
 
 #: Coordinates of a sample's features that are looked at, and bytes of them per run.
@@ -204,7 +205,7 @@ def calibrate(
             raise ValueError(f"calibrate: the pipeline has several denoisers ({names}), not one")
         forward = followed[0]
         stepper = forward.stepper
-        assert stepper is not None
+        assert isinstance(stepper, Stepper)
         name = type(forward.module).__name__
         resolved = stepper.boundary(forward)
         total: tuple[Matrix, Matrix, int] | None = None

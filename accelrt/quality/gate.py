@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from accelrt.steps.session import PREDICTED, Session, Tracker
+from accelrt.steps.session import FEEDBACK, PREDICTED, Session, Tracker
 
 _PIECE = 1 << 22
 
@@ -111,7 +111,7 @@ def check_floor(floor: Any, target: Any, *, rehash: bool) -> None:
     Args:
         floor: least PSNR in dB.
         target: of the wrap.
-        rehash: whether steps are predicted.
+        rehash: whether steps are predicted, or have feedback.
 
     Raises:
         ValueError: no number above 0, no predicted steps, or no pipeline that is called.
@@ -122,7 +122,7 @@ def check_floor(floor: Any, target: Any, *, rehash: bool) -> None:
     if not rehash:
         raise ValueError(
             f"quality_floor is {floor!r}, and rehash is None: without it the output is exact; "
-            f"allowed: only with rehash"
+            f"allowed: only with rehash or feedback"
         )
     if isinstance(target, nn.Module) or not callable(target):
         raise ValueError(
@@ -221,7 +221,9 @@ def _generators(value: Any) -> Iterator[torch.Generator]:
 
 
 def _predicted(session: Session) -> bool:
-    return any(record.count(PREDICTED) for record in session.records.values())
+    return any(
+        record.count(PREDICTED) + record.count(FEEDBACK) for record in session.records.values()
+    )
 
 
 def _output_type(pipe: Any, stock: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from accelrt.steps.calibrate import Calibration
 from accelrt.steps.policies import Interval, Schedule, Threshold, Verified
 from accelrt.steps.predictors import AdamsBashforth, Hermite, Predictor, Reuse, Taylor
 from accelrt.steps.rehash import Rehash
+from accelrt.steps.stepper import Stepper
 from accelrt.wrap import forwards, unwrap, wrap
 
 if TYPE_CHECKING:
@@ -401,7 +402,7 @@ def _boundaries(pipe: Any, config: Config | None) -> list[Boundary | str]:
     wrap(pipe, config=config, rehash=Rehash(Interval(1), Reuse()))
     try:
         forward = next(f for _, f in forwards(pipe) if f.stepper is not None)
-        assert forward.stepper is not None
+        assert isinstance(forward.stepper, Stepper)
         own = forward.stepper.boundary(forward)
         stages = forward.stages()
     finally:

@@ -26,7 +26,8 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _settings(owner: Any) -> dict[str, Any]:
+def settings_of(owner: Any) -> dict[str, Any]:
+    """The configuration of a model or scheduler, without where it came from."""
     config = getattr(owner, "config", {})
     items = config.items() if isinstance(config, Mapping) else vars(config).items()
     return {key: value for key, value in items if key not in _PRIVATE}
@@ -36,7 +37,7 @@ def model_hash(model: nn.Module) -> str:
     """16 hexadecimal digits of a model's class, configuration, and names and shapes of its
     parameters. Its precision and device make no difference."""
     shapes = [(name, list(p.shape)) for name, p in model.named_parameters()]
-    return _digest([type(model).__name__, _settings(model), shapes])
+    return _digest([type(model).__name__, settings_of(model), shapes])
 
 
 def weight_norms(model: nn.Module) -> tuple[float, ...]:
@@ -53,7 +54,7 @@ def weight_norms(model: nn.Module) -> tuple[float, ...]:
 
 def scheduler_hash(scheduler: Any) -> str:
     """16 hexadecimal digits of a scheduler's class and configuration."""
-    return _digest([type(scheduler).__name__, _settings(scheduler)])
+    return _digest([type(scheduler).__name__, settings_of(scheduler)])
 
 
 def origin_of(model: nn.Module, scheduler: Any, steps: int) -> Origin:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .rehash import Rehash
 
 COMPUTED, PREDICTED, REJECTED = "computed", "predicted", "rejected"
+#: Of passes with and without Inner Loop Feedback.
+FEEDBACK, PLAIN = "feedback", "plain"
 #: Calls of a model at one step, at most: guidance halves, one after the other, and some more.
 MOST_CALLS = 4
 _METHODS = ("set_timesteps", "scale_model_input", "step")
@@ -42,7 +44,8 @@ class StepRecord:
         timestep: of the scheduler.
         samples: per call of the model, what became of each sample (guidance halves that are
             decided together are one): ``"computed"``, ``"predicted"`` or ``"rejected"``
-            (predicted, found wanting, and computed).
+            (predicted, found wanting, and computed); with Inner Loop Feedback ``"feedback"`` or
+            ``"plain"``.
     """
 
     step: int
@@ -133,6 +136,8 @@ class _Hook:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         scheduler, tracker = self._scheduler(), self._tracker()
+        if tracker is not None and scheduler is not None:
+            args, kwargs = tracker.asked(scheduler, self.name, args, kwargs)
         if self.inner is not None:
             result = self.inner(*args, **kwargs)
         else:
@@ -154,7 +159,7 @@ class Tracker:
     """Follows the requests of one wrapped pipeline or model.
 
     Args:
-        rehash: of the wrap.
+        rehash: of the wrap; ``None`` where nothing is predicted.
         pipe: the pipeline, kept by weak reference; ``None`` for a model by itself.
 
     Attributes:
@@ -163,8 +168,8 @@ class Tracker:
         model: gives the denoiser, for schedules that were made for one.
     """
 
-    def __init__(self, rehash: Rehash, pipe: Any = None) -> None:
-        self.rehash = rehash
+    def __init__(self, rehash: Rehash | None, pipe: Any = None) -> None:
+        self._rehash = rehash
         self.enabled = True
         self.gate = ""
         self._pipe = weakref.ref(pipe) if hasattr(pipe, "scheduler") else None
@@ -178,7 +183,29 @@ class Tracker:
         self.model: Callable[[], Any] = lambda: None
         self.follow()
 
+    @property
+    def rehash(self) -> Rehash:
+        """The settings of the wrap."""
+        assert self._rehash is not None
+        return self._rehash
+
     # Schedulers
+
+    def asked(
+        self, scheduler: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with which a method of a scheduler is to run."""
+        return args, kwargs
+
+    def check_request(self, scheduler: Any, steps: int) -> None:
+        """Refuse a request that begins.
+
+        Raises:
+            ValueError: the schedule is for another model, scheduler or number of steps.
+        """
+        if self.rehash.origin is not None:
+            check_origin(self.rehash.origin, self.model(), scheduler, steps)
+        self.rehash.policy.check(steps)
 
     def follow(self) -> Any:
         """Hook the pipeline's present scheduler; returns it if it is a new one."""
@@ -245,9 +272,7 @@ class Tracker:
         if not times:
             return None
         if self.enabled:
-            if self.rehash.origin is not None:
-                check_origin(self.rehash.origin, self.model(), scheduler, len(times))
-            self.rehash.policy.check(len(times))
+            self.check_request(scheduler, len(times))
             if _is_noisy(scheduler):
                 self._warn_of_noise(type(scheduler).__name__)
         session = Session(times)
