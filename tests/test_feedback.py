@@ -1,0 +1,542 @@
+"""Inner Loop Feedback: the module, and the runtime against hooks on the stock model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import feedback_common as common
+import model_zoo as zoo
+import pytest
+import torch
+import zoo_pixart
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from feedback_common import MASK, NAMES, STANDS_FOR, TIMES, module_for, pipeline, wrapped
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import accelrt
+from accelrt.feedback import FeedbackModule, FeedbackSchedule
+from accelrt.feedback.schedule import every, shrinking
+from accelrt.steps.ahead import AheadOutputs
+from accelrt.wrap import forwards
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def model_and_inputs(name: str, batch: int) -> tuple[Any, dict[str, Any]]:
+    if name == "dit":
+        labels = torch.tensor([1, 1000, 7, 3])[:batch]
+        times = torch.full((batch,), 420)
+        x = zoo.normal(batch, 4, 8, 8, seed=3)
+        return zoo.tiny_dit(), {"hidden_states": x, "timestep": times, "class_labels": labels}
+    model = zoo_pixart.alpha_1024() if name == "pixart-alpha" else zoo_pixart.tiny_pixart()
+    inputs = zoo_pixart.inputs(batch, 8, 8)
+    inputs["timestep"] = torch.full((batch,), 420)
+    if name == "pixart-alpha":
+        inputs["added_cond_kwargs"] = zoo_pixart.conditions(batch)
+    return model, inputs
+
+
+class Box:
+    """What :func:`module_for` needs of a pipeline."""
+
+    def __init__(self, model: Any) -> None:
+        self.transformer = model
+
+
+# The module
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("enters", ["every", "first"])
+def test_scales_of_zero_leave_the_stock_model_as_it_is(name: str, passes: int, enters: str) -> None:
+    model, inputs = model_and_inputs(name, 3)
+    module = module_for(Box(model), 0.0, length=2, passes=passes, enters=enters)
+    with torch.no_grad():
+        before = model(**inputs).sample
+        with module.applied(model):
+            found = model(**inputs).sample
+        assert torch.equal(before, found)
+        module.scales += 0.5
+        with module.applied(model):
+            assert not torch.equal(before, model(**inputs).sample)
+        assert torch.equal(before, model(**inputs).sample)  # the hooks are gone
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_reach_only_the_feedback_block_and_its_scales(name: str) -> None:
+    model, inputs = model_and_inputs(name, 2)
+    module = module_for(Box(model))
+    model.requires_grad_(False)
+    with module.applied(model):
+        model(**inputs).sample.square().mean().backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert module.scales.grad is not None
+    assert module.scales.grad.abs().sum() > 0
+    assert module.block.ff.net[2].weight.grad.abs().sum() > 0
+
+
+def test_without_learned_scales_the_feedback_begins_at_its_last_layer() -> None:
+    model, inputs = model_and_inputs("dit", 2)
+    module = FeedbackModule.from_backbone(model, start=0, length=2, learned_scale=False)
+    assert not any(name == "scales" for name, _ in module.named_parameters())
+    assert not module.block.ff.net[2].weight.any()
+    with torch.no_grad(), module.applied(model):
+        assert torch.isfinite(model(**inputs).sample).all()
+
+
+def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
+    model, inputs = model_and_inputs("pixart-sigma", 2)
+    module = module_for(Box(model), length=2, conditioning="ahead", scale_shape="block")
+    module.save_pretrained(tmp_path)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
+    again = FeedbackModule.from_pretrained(tmp_path)
+    assert again.schedules == module.schedules
+    assert again.scales.shape == (2, 1)
+    again.check(model)
+    with torch.no_grad():
+        with module.applied(model):
+            expected = model(**inputs).sample
+        with again.applied(model):
+            assert torch.equal(model(**inputs).sample, expected)
+
+
+def test_another_model_is_refused() -> None:
+    model, _ = model_and_inputs("dit", 1)
+    module = module_for(Box(model))
+    with pytest.raises(ValueError, match="DiTTransformer2DModel, not PixArtTransformer2DModel"):
+        module.check(zoo_pixart.tiny_pixart())
+    with pytest.raises(ValueError, match="another DiTTransformer2DModel"):
+        module.check(zoo.tiny_dit(num_layers=4))
+    other = zoo.clone(model, torch.float32)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter *= 1.5
+    with pytest.raises(ValueError, match="with other weights"):
+        module.check(other)
+    module.check(zoo.clone(model, torch.bfloat16))
+    with pytest.raises(ValueError, match="with other weights"):
+        accelrt.wrap(other, feedback=module)
+    assert not accelrt.is_wrapped(other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"start": 3}, "do not fit in 3 blocks"),
+        ({"start": 0, "length": 4}, "do not fit in 3 blocks"),
+        ({"length": 0}, "do not fit"),
+        ({"copy_block": 3}, "copy_block is 3; allowed: 0 to 2"),
+        ({"passes": 0}, "passes is 0"),
+        ({"enters": "middle"}, "enters is 'middle'; allowed: every, first"),
+        ({"scale_shape": "row"}, "scale_shape is 'row'"),
+        ({"conditioning": "t-1"}, "conditioning is 't-1'; allowed: t, ahead"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], match: str) -> None:
+    model, _ = model_and_inputs("dit", 1)
+    with pytest.raises(ValueError, match=match):
+        FeedbackModule.from_backbone(model, **settings)
+
+
+def test_models_without_like_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="UNetMotionModel has no list of like blocks"):
+        FeedbackModule.from_backbone(zoo.tiny_unet())
+
+
+# Schedules
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"feedback": ()}, "feedback is"),
+        ({"feedback": (True, 1)}, "feedback is"),
+        ({"feedback": (True, True), "timesteps": (5,)}, "1 timesteps for 2"),
+        ({"feedback": (True, True), "timesteps": (5, 5)}, "falling"),
+        ({"feedback": (True, True), "timesteps": (5, -1)}, "none below 0"),
+        ({"feedback": (True,), "ahead": 1.0}, "ahead is 1.0"),
+        ({"feedback": (True,), "stands_for": 0}, "stands_for is 0"),
+    ],
+)
+def test_wrong_schedules_are_refused(values: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        FeedbackSchedule(**{"stands_for": 20, **values})
+
+
+def test_schedules_are_made_and_read() -> None:
+    made = every(20, 10, 4)
+    assert made.feedback == (True,) * 4 + (False,) * 6
+    assert every(20, 3, [0, 2]).feedback == (True, False, True)
+    assert FeedbackSchedule.from_dict(20, made.to_dict()) == made
+    with pytest.raises(ValueError, match="unknown key 'steps'"):
+        FeedbackSchedule.from_dict(20, {"steps": 3})
+    with pytest.raises(ValueError, match=r"allowed: 0 to 2"):
+        every(20, 3, [3])
+
+
+def test_jumps_shrink_to_the_floor() -> None:
+    times = shrinking(999, 10)
+    jumps = [a - b for a, b in zip(times, [*times[1:], 0], strict=True)]
+    assert times[0] == 999
+    assert jumps == sorted(jumps, reverse=True)
+    assert min(jumps) >= 10
+    assert sum(jumps) == 999
+    assert shrinking(30, 3) == (30, 20, 10)
+    with pytest.raises(ValueError, match="allowed: at most 29"):
+        shrinking(29, 3)
+
+
+# The runtime
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"passes": 2},
+        {"start": 0, "length": 3},
+        {"length": 2, "enters": "first", "scale_shape": "block"},
+        {"start": 2, "scale_shape": "scalar"},
+    ],
+    ids=str,
+)
+def test_it_equals_hooks_on_the_stock_model(name: str, settings: dict[str, Any]) -> None:
+    pipe = pipeline(name)
+    module = module_for(pipe, **settings)
+    expected = common.truth(name, pipe, module)
+    found = wrapped(name, pipe, module)
+    assert zoo.relative_error(found, expected) < 1e-9
+    plain = module_for(pipe, 0.0, **settings)
+    assert zoo.relative_error(wrapped(name, pipe, plain), expected) > 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scales_of_zero_equal_the_backbone_bit_for_bit(
+    name: str, dtype: torch.dtype, passes: int
+) -> None:
+    pipe = pipeline(name, dtype)
+    module = module_for(pipe, 0.0, passes=passes, length=2)
+    found = wrapped(name, pipe, module)
+    accelrt.wrap(pipe)
+    with common.outer_steps(pipe):
+        assert torch.equal(common.run(name, pipe), found)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("conditioning", ["t", "ahead"])
+def test_low_precision_is_as_close_to_float64_as_the_stock_modules_are(
+    name: str, dtype: torch.dtype, conditioning: str, batch: int
+) -> None:
+    model, inputs = model_and_inputs(name, batch)
+    schedules = common.schedule(ahead=0.5)
+    module = module_for(Box(model), length=2, conditioning=conditioning, schedules=schedules)
+    inputs["timestep"] = torch.full((batch,), 700)
+    ahead = torch.full((batch,), 560)  # half way from 700 to 420
+
+    def hooks(dtype: torch.dtype) -> Tensor:
+        copy, own = zoo.clone(model, dtype), zoo.clone(module, dtype)
+        with torch.no_grad(), own.applied(copy, ahead):
+            return copy(**zoo.to_dtype(inputs, dtype)).sample
+
+    truth, stock = hooks(torch.float64), hooks(dtype)
+    copy = zoo.clone(model, dtype)
+    accelrt.wrap(copy, feedback=zoo.clone(module, dtype))
+    with torch.no_grad():
+        found = copy(**zoo.to_dtype(inputs, dtype)).sample
+    zoo.assert_rule(zoo.relative_error(found, truth), zoo.relative_error(stock, truth))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_may_pass_one_by_one(name: str) -> None:
+    pipe = pipeline(name)
+    module = module_for(pipe)
+    expected = wrapped(name, pipe, module)
+    found = wrapped(name, pipe, module, samples_per_pass=1, samples_per_slice=1, ff_rows=5)
+    assert zoo.relative_error(found, expected) < 1e-12
+
+
+def test_a_scheduler_may_keep_its_own_spacing() -> None:
+    pipe = pipeline("dit")
+    pipe.scheduler = DDIMScheduler()  # takes no timesteps
+    module = module_for(pipe, schedules=common.schedule(None))
+    expected = common.truth("dit", pipe, module, None)
+    found = wrapped("dit", pipe, module)
+    assert zoo.relative_error(found, expected) < 1e-9
+
+
+def test_unwrapping_restores_model_and_scheduler() -> None:
+    pipe = pipeline("dit")
+    before = common.run("dit", pipe)
+    attributes = set(pipe.scheduler.__dict__)
+    wrapped("dit", pipe, module_for(pipe))
+    assert torch.equal(common.run("dit", pipe), before)
+    assert not {"step", "set_timesteps", "scale_model_input"} & set(pipe.scheduler.__dict__)
+    assert attributes <= set(pipe.scheduler.__dict__)
+
+
+def test_the_summary_says_what_stands_for_what() -> None:
+    pipe = pipeline("dit")
+    accelrt.wrap(pipe, feedback=module_for(pipe, length=2))
+    assert "no step has run" in str(accelrt.summary(pipe))
+    common.run("dit", pipe)
+    summary = accelrt.summary(pipe)
+    steps = summary.to_dict()["steps"]
+    assert (steps["stands_for"], len(steps["rows"])) == (STANDS_FOR, len(MASK))
+    assert steps["feedback_steps"] == sum(MASK)
+    assert steps["blocks_run"] == 5 * 3 + 4 * 3
+    assert steps["blocks_stood_for"] == STANDS_FOR * 3
+    assert steps["cache_bytes"] > 0
+    assert "last request: 5 steps for 8, 4 with feedback; 27 blocks for 24" in str(summary)
+    assert "FFCFF" in str(summary)
+
+
+# What is made once
+
+
+class Products(TorchDispatchMode):
+    """Counts the products with some weights."""
+
+    def __init__(self, *weights: Tensor) -> None:
+        super().__init__()
+        self.addresses = {w.data_ptr() for w in weights}
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        flat = [a for a in args if isinstance(a, Tensor)]
+        used = func.overloadpacket.__name__ in ("addmm", "mm", "bmm", "linear")
+        self.count += used and any(a.data_ptr() in self.addresses for a in flat)
+        return func(*args, **(kwargs or {}))
+
+
+def test_keys_and_values_of_the_caption_are_made_once_per_prompt() -> None:
+    pipe = pipeline("pixart-sigma", torch.float32)
+    attn = pipe.transformer.transformer_blocks[1].attn2
+    projection = pipe.transformer.caption_projection.linear_1
+    accelrt.wrap(pipe, feedback=module_for(pipe))
+    for times in (1, 2):  # another request makes them anew
+        with Products(attn.to_k.weight, projection.weight) as counted:
+            for _ in range(times):
+                common.run("pixart-sigma", pipe)
+        assert counted.count == 2 * times
+
+
+def test_modulations_are_made_once_for_all_steps() -> None:
+    pipe = pipeline("dit", torch.bfloat16)
+    linear = pipe.transformer.transformer_blocks[2].norm1.linear
+    module = module_for(pipe, start=2)
+    with Products(linear.weight) as stock:
+        common.run("dit", pipe)
+    assert stock.count == STANDS_FOR
+    accelrt.wrap(pipe, feedback=module)
+    with Products(linear.weight) as counted:
+        common.run("dit", pipe)
+    assert counted.count == 1
+
+
+def test_a_changed_caption_is_noticed_within_a_request() -> None:
+    pipe = pipeline("pixart-sigma")
+    module = module_for(pipe)
+
+    model, inputs = pipe.transformer, zoo_pixart.inputs(2, 8, 8)
+    inputs = zoo.to_dtype(inputs, torch.float64)
+    accelrt.wrap(model, feedback=module)
+    with torch.no_grad():
+        for time in TIMES[:2]:
+            model(**{**inputs, "timestep": torch.full((2,), time)})
+        inputs["encoder_hidden_states"].mul_(-1.0)  # in place: the same tensor, another caption
+        found = model(**{**inputs, "timestep": torch.full((2,), TIMES[2])}).sample
+        accelrt.unwrap(model)
+        expected = model(**{**inputs, "timestep": torch.full((2,), TIMES[2])}).sample
+    assert not MASK[2]
+    assert zoo.relative_error(found, expected) < 1e-9
+
+
+# Times
+
+
+def linear_model(scheduler: Any, time: float) -> Tensor:
+    """A predicted sample that is a line over the log of the signal-to-noise ratio."""
+    products = scheduler.alphas_cumprod.double()
+    sigmas = ((1 - products) / products).sqrt()
+    low = min(int(time), len(sigmas) - 2)
+    sigma = sigmas[low] + (time - low) * (sigmas[low + 1] - sigmas[low])
+    return torch.full((1, 1, 2, 2), 0.7 - 0.3 * -math.log(float(sigma)), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("ahead", [0.0, 0.25, 0.5, 0.9])
+def test_outputs_count_at_the_time_that_they_stand_for(ahead: float) -> None:
+    def rollout(ahead: float) -> list[Tensor]:
+        scheduler = DPMSolverMultistepScheduler()
+        scheduler.set_timesteps(timesteps=list(TIMES))
+        past = AheadOutputs()
+        x, states = torch.full((1, 1, 2, 2), 0.4, dtype=torch.float64), []
+        for index, time in enumerate(TIMES):
+            following = TIMES[index + 1] if index + 1 < len(TIMES) else 0
+            # The first step has no history: only its own time is right there.
+            at = time - ahead * (time - following) if index else float(time)
+            sigma = float(scheduler.sigmas[index])
+            alpha = 1 / math.sqrt(1 + sigma * sigma)
+            output = (x - alpha * linear_model(scheduler, at)) / (sigma * alpha)
+            handed = past.fitted(scheduler, index, at, output, x)
+            x = scheduler.step(handed, torch.tensor(time), x).prev_sample
+            states.append(x)
+        return states[:-1]  # the last step is of first order
+
+    expected = rollout(0.0)
+    for found, wanted in zip(rollout(ahead), expected, strict=True):
+        assert torch.allclose(found, wanted, atol=2e-5)
+
+
+def test_outputs_for_their_own_time_are_handed_on_unchanged() -> None:
+    scheduler = DPMSolverMultistepScheduler()
+    scheduler.set_timesteps(timesteps=list(TIMES))
+    past, x = AheadOutputs(), zoo.normal(1, 4, 2, 2)
+    for index, time in enumerate(TIMES):
+        output = zoo.normal(1, 4, 2, 2, seed=index)
+        handed = past.fitted(scheduler, index, float(time), output, x)
+        assert torch.allclose(handed, output, atol=1e-4)
+        x = scheduler.step(output, torch.tensor(time), x).prev_sample
+
+
+def test_outputs_ahead_of_their_step_run_in_a_pipeline() -> None:
+    pipe = pipeline("dit")
+    here = wrapped("dit", pipe, module_for(pipe))
+    there = wrapped("dit", pipe, module_for(pipe, schedules=common.schedule(ahead=0.5)))
+    assert torch.isfinite(there).all()
+    assert zoo.relative_error(there, here) > 1e-3
+
+
+# Refusals
+
+
+def test_a_number_of_steps_without_a_schedule_is_refused() -> None:
+    pipe = pipeline("dit")
+    accelrt.wrap(pipe, feedback=module_for(pipe))
+    calls = []
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match="num_inference_steps is 5; allowed .* 8"):
+        common.run("dit", pipe, num_inference_steps=5)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "settings", "match"),
+    [
+        (DDIMScheduler, {}, "DDIMScheduler.set_timesteps does not take"),
+        (
+            DDIMScheduler,
+            {"scheduler_class": "DPMSolverMultistepScheduler"},
+            "trained for DPMSolverMultistepScheduler, not DDIMScheduler",
+        ),
+        (
+            DPMSolverMultistepScheduler,
+            {"scheduler_config": {"solver_order": 3}},
+            "with solver_order 3, not 2",
+        ),
+        (
+            DDPMScheduler,
+            {"schedules": common.schedule(None, ahead=0.5)},
+            "DDPMScheduler cannot be given an output that stands for a later time",
+        ),
+    ],
+)
+def test_schedulers_that_do_not_fit_are_refused(
+    scheduler: Any, settings: dict[str, Any], match: str
+) -> None:
+    pipe = pipeline("dit")
+    pipe.scheduler = scheduler()
+    accelrt.wrap(pipe, feedback=module_for(pipe, **settings))
+    with pytest.raises(ValueError, match=match):
+        common.run("dit", pipe)
+
+
+def test_what_is_no_module_is_refused(tmp_path: Path) -> None:
+    pipe = pipeline("dit")
+    module = module_for(pipe)
+    with pytest.raises(ValueError, match="has no config.json"):
+        accelrt.wrap(pipe, feedback=tmp_path)
+    with pytest.raises(ValueError, match="feedback is int"):
+        accelrt.wrap(pipe, feedback=3)
+    with pytest.raises(ValueError, match="rehash and feedback were both given"):
+        accelrt.wrap(pipe, feedback=module, rehash="auto")
+    with pytest.raises(ValueError, match="has no list of like blocks"):
+        accelrt.wrap(zoo.animatediff_pipeline(), feedback=module)
+    assert not accelrt.is_wrapped(pipe)
+
+
+def test_a_folder_will_do(tmp_path: Path) -> None:
+    pipe = pipeline("dit", torch.float32)
+    module = module_for(pipe)
+    module.save_pretrained(tmp_path)
+    expected = wrapped("dit", pipe, module)
+    accelrt.wrap(pipe, feedback=tmp_path)
+    assert torch.equal(common.run("dit", pipe), expected)
+
+
+# With the rest
+
+
+def test_the_quality_floor_compares_with_all_steps() -> None:
+    pipe = pipeline("dit", torch.float32)
+    full = pipe(class_labels=[3], num_inference_steps=STANDS_FOR,
+                generator=torch.Generator().manual_seed(0), output_type="np").images  # fmt: skip
+    accelrt.wrap(pipe, feedback=module_for(pipe, 3.0), quality_floor=60.0)
+    with pytest.warns(UserWarning, match="quality_floor is 60"):
+        found = pipe(class_labels=[3], num_inference_steps=STANDS_FOR,
+                     generator=torch.Generator().manual_seed(0), output_type="np").images  # fmt: skip
+    assert abs(found - full).max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart-sigma"])
+def test_a_memory_budget_counts_what_the_loop_holds(name: str) -> None:
+    model, inputs = model_and_inputs(name, 2)
+    inputs["timestep"] = torch.full((2,), TIMES[0])
+    limits = []
+    for settings in ({}, {"feedback": module_for(Box(model))}):
+        accelrt.wrap(model, memory_budget="64MiB", **settings)
+        with torch.no_grad():
+            out = model(**inputs).sample
+        ((_, forward),) = forwards(model)
+        (plan,) = forward.planner.plans.values()
+        limits.append(plan.limit_bytes)
+        assert forward.planner.exceeded() == 0
+        accelrt.unwrap(model)
+    stream = 2 * 16 * 24 * 4
+    assert limits[1] <= limits[0] - stream
+    assert torch.isfinite(out).all()
+
+
+def test_it_can_be_observed_group_by_group() -> None:
+    pipe = pipeline("dit")
+    accelrt.wrap(pipe, feedback=module_for(pipe, length=2))
+    (_, forward), *_ = forwards(pipe)
+    seen: list[str] = []
+
+    class Observer:
+        def enter(self, stage: Any, group: Any, state: Any) -> None:
+            seen.append(group.name)
+
+        def leave(self, stage: Any, group: Any, state: Any) -> None:
+            pass
+
+    forward.observer = Observer()
+    common.run("dit", pipe)
+    blocks = [f"transformer_blocks.{i}" for i in range(3)]
+    one = ["pos_embed", *blocks, "feedback", *blocks[1:], "norm_out"]
+    assert seen[: len(one)] == one
