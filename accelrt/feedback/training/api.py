@@ -69,10 +69,9 @@ def distill(
         )
     scheduler = solver_of(pipe.scheduler, config.scheduler, config.scheduler_options)
     outer = Outer.of(scheduler, config.schedule)
-    outer.fine(config.substeps)
     shape = latent_shape(pipe)
-    if config.objective == "landing":
-        check_affine(outer, shape)
+    check_affine(outer, shape)
+    outer.fine(config.substeps)
     guidance = _guidance(pipe, config)
     module = _new_module(model, config, scheduler, guidance)
 

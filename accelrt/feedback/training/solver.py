@@ -96,9 +96,13 @@ class Outer:
             raise ValueError(
                 f"{name} makes the timesteps {times}; allowed: {schedule.outer} integers"
             )
-        FeedbackSchedule(
-            schedule.stands_for, schedule.feedback, whole
-        )  # refuses what does not fall
+        given = _started(scheduler, None, whole)
+        if any(a <= b for a, b in itertools.pairwise((*whole, 0))):
+            raise ValueError(f"{name} makes the timesteps {list(whole)}; allowed: falling, above 0")
+        if hasattr(given, "sigmas") and not torch.allclose(given.sigmas, started.sigmas, rtol=1e-4):
+            raise ValueError(
+                f"{name} has other noise at the same timesteps when they are given{_HINT}"
+            )
         return cls(scheduler, schedule, whole)
 
     @property
@@ -139,15 +143,6 @@ class Outer:
                 )
             part = [a - (a - b) * i // substeps for i in range(substeps)]
             fine += part
-        started, coarse = self.started_at(fine), self.started()
-        sigmas = [getattr(each, "sigmas", None) for each in (started, coarse)]
-        if sigmas[0] is not None and sigmas[1] is not None:
-            there = sigmas[0][: len(fine) : substeps].double()
-            if not torch.allclose(there, sigmas[1][: len(self.times)].double(), rtol=1e-4):
-                raise ValueError(
-                    f"{type(self.scheduler).__name__} has other noise at the same timesteps when "
-                    f"they are given{_HINT}"
-                )
         return tuple(fine)
 
     def alpha(self, k: int) -> float:

@@ -56,7 +56,10 @@ class Validator:
         count = training.config.validation_samples
         rng = training.rng("validation")
         self.noise = torch.randn(count, *training.shape, generator=rng).to(training.device)
-        self.index = training.draw_conditions(count, rng).to(training.device)
+        # Of all the data, so that the number of processes changes nothing.
+        known = training.denoiser.index
+        place = torch.randint(len(known), (count,), generator=rng)
+        self.index = known[place].to(training.device)
         self.scales = torch.linspace(*training.guidance, count).to(training.device)
         self._truth: tuple[Tensor, Tensor] | None = None
         self._fixed: dict[str, Row] = {}
