@@ -87,6 +87,30 @@ def test_frozen_scales_are_no_parameters(tmp_path: Path) -> None:
     assert result.module.scales.eq(1).all()
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        {"conditioning": "ahead", "enters": "first", "scale_shape": "block", "passes": 2},
+        {"copy_block": 1, "scale_shape": "scalar", "start": 0, "length": 2},
+    ],
+)
+def test_pixart_is_trained_whole(module: dict[str, Any], tmp_path: Path) -> None:
+    """Every parameter: several processes wait for all gradients."""
+    held = {
+        "states": zoo.normal(7, 7, 20), "mask": zoo_pixart.caption_mask(7),
+        "empty_states": zoo.normal(1, 7, 20, seed=2), "empty_mask": zoo_pixart.caption_mask(1),
+    }  # fmt: skip
+    config = settings(classes=None, diffusion_weight=0.1, save_dtype="fp32", **module)
+    data = latents(7, embeddings=held)
+    pipe = zoo_pixart.sigma_pipeline()
+    result = train(tmp_path, config, data, pipe=pipe)
+    fresh = api._new_module(pipe.transformer, config, pipe.scheduler, (2.0, 2.0))
+    trained = dict(result.module.named_parameters())
+    for name, parameter in fresh.named_parameters():
+        assert not torch.equal(parameter, trained[name]), name
+    assert result.validation["feedback"] != result.validation["without"]
+
+
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
@@ -419,3 +443,26 @@ def test_command_refuses(arguments: list[str], message: str, tmp_path: Path) -> 
     assert result.exit_code == 2
     assert message in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["dit", "pixart"])
+def test_modules_of_the_reference_models_by_one_command(model: str, tmp_path: Path) -> None:
+    values = {"outer": 3, "stands_for": 6, "substeps": 2, "pool": 8, "batch": 8, "steps": 2}
+    more = {"tensorboard": False, "validation_samples": 2, "max_sequence_length": 32}
+    (tmp_path / "a.json").write_text(json.dumps({**values, **more}))
+    root = Path(accelrt.__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, str(REFERENCE / "train_feedback.py"), "--model", model, "--threads", "1",
+         "--config", str(tmp_path / "a.json"), "--work", str(tmp_path / "work"),
+         "--out", str(tmp_path / "out"), "--steps", "3"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    written = {each.name for each in (tmp_path / "out").iterdir()}
+    assert written == {WEIGHTS, "config.json", "training.json", "losses.json"}
+    report = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert report["config"]["steps"] == 3
+    loaded = FeedbackModule.from_pretrained(tmp_path / "out")
+    assert loaded.schedules[6].outer == 3
+    assert "equal_blocks    5 steps" in done.stdout

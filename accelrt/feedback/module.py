@@ -163,7 +163,9 @@ class FeedbackModule(ModelMixin, ConfigMixin):  # type: ignore[misc]
             for parameter in module.block.ff.net[-1].parameters():
                 nn.init.zeros_(parameter)
         example = next(model.parameters())
-        return module.to(device=example.device, dtype=example.dtype)
+        # ModelMixin.to() warns of modules to be kept in fp32, of which there are none.
+        nn.Module.to(module, device=example.device, dtype=example.dtype)
+        return module
 
     @property
     def loop(self) -> range:

@@ -24,7 +24,7 @@ from torch import nn
 from accelrt.feedback.module import FeedbackModule
 
 from .config import differences
-from .objectives import Student, Training, objective_of
+from .objectives import Landing, Student, Training, objective_of
 from .result import LOSSES, REPORT, DistillResult, plain, versions, write
 from .state import Average, Checkpoints
 from .validation import Row, Validator
@@ -117,6 +117,10 @@ class Loop:
             *columns, console=Console(stderr=True), refresh_per_second=2, disable=not shown
         ) as bar:
             task = bar.add_task("distill", total=config.steps, completed=self.start, values="")
+            if isinstance(self.objective, Landing):
+                self.objective.on_round = lambda number: bar.update(
+                    task, values=f"the teacher runs, round {number + 1}"
+                )
             for step in range(self.start, config.steps):
                 began = time.perf_counter()
                 self._step(step)
@@ -124,8 +128,7 @@ class Loop:
                 done = step + 1
                 if done % config.log_every == 0 or done == config.steps:
                     self._log(step)
-                    values = [f"{k} {v:.4g}" for k, v in self.losses[-1].items() if k != "step"]
-                    bar.update(task, values=", ".join(values))
+                    bar.update(task, values=_text(self.losses[-1]))
                 if config.validate_every and done % config.validate_every == 0:
                     self._validate(done)
                 # Whoever stops it after this step finds its state.
@@ -248,3 +251,11 @@ class Loop:
             "versions": {"python": platform.python_version(), **versions()},
         }
         write(self.out / REPORT, report)
+
+
+def _text(point: dict[str, float]) -> str:
+    """The losses of a point of the curve; a sum of one part is named once."""
+    named = {k: v for k, v in point.items() if k not in ("step", "lr")}
+    if len(named) == 2:
+        named.pop("loss")
+    return ", ".join(f"{name} {value:.4g}" for name, value in named.items())

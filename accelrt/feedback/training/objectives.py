@@ -237,11 +237,15 @@ class Landing:
             )
         self.fine = training.outer.fine(config.substeps)
         self._round: tuple[int, Round] | None = None
+        #: Called with the number of a round before its trajectories are made.
+        self.on_round: Callable[[int], None] | None = None
 
     def round(self, number: int) -> Round:
         """The trajectories of a round; the same every time for one seed."""
         if self._round is None or self._round[0] != number:
             self._round = None  # two rounds need not be held at once
+            if self.on_round is not None:
+                self.on_round(number)
             self._round = number, self._made(number)
         return self._round[1]
 

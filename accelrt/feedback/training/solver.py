@@ -212,7 +212,7 @@ def landing_outputs(outer: Outer, trajectory: Sequence[Tensor]) -> tuple[list[Te
             return _step(copy.deepcopy(scheduler), m, t, x)
 
         at_zero = probe(torch.zeros_like(x))
-        gain = float((probe(torch.ones_like(x)) - at_zero).double().mean())
+        gain = float((probe(torch.ones_like(x)) - at_zero).cpu().double().mean())
         if abs(gain) < 1e-9:
             raise ValueError(f"step {k} at timestep {int(t)} does not depend on the model's output")
         m = (wanted - at_zero) / gain
