@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -43,7 +44,7 @@ class Validator:
 
     What does not depend on the module is computed once: the teacher's trajectory, the outer
     steps without feedback, as many plain steps as the outer ones stand for, and as many as
-    cost what the outer ones do.
+    run no fewer blocks than the outer ones.
 
     Args:
         training: what objectives share.
@@ -77,7 +78,8 @@ class Validator:
             count = len(outer.times)
             self._fixed["without"] = self._row(outer.started, count, count * depth)
             for name, steps in (
-                ("equal_blocks", max(1, round(blocks / depth))),
+                # Rounded up: the rival gets no less than we take.
+                ("equal_blocks", math.ceil(blocks / depth)),
                 ("stands_for", schedule.stands_for),
             ):
                 self._fixed[name] = self._row(
