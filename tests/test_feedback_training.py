@@ -465,4 +465,4 @@ def test_modules_of_the_reference_models_by_one_command(model: str, tmp_path: Pa
     assert report["config"]["steps"] == 3
     loaded = FeedbackModule.from_pretrained(tmp_path / "out")
     assert loaded.schedules[6].outer == 3
-    assert "equal_blocks    5 steps" in done.stdout
+    assert "equal_blocks   5 steps" in done.stdout

@@ -26,7 +26,7 @@ class DistillResult:
         folder: where it was written.
         validation: by name; see :class:`~accelrt.feedback.training.validation.Validator`.
         losses: points of the loss curve.
-        seconds: of the whole training, interruptions left out.
+        seconds: of all steps, validation and interruptions left out.
         resumed_at: the step of the checkpoint that it went on from; 0 if there was none.
     """
 
