@@ -117,26 +117,9 @@ class Config:
                 a wrong value; the message names the file.
             OSError: if the file cannot be read.
         """
-        path = Path(path)
-        suffix = path.suffix.lower()
-        if suffix not in (".yaml", ".yml", ".json"):
-            raise ValueError(f"{path}: the suffix is {suffix!r}; allowed: .yaml, .yml, .json")
-        text = path.read_text(encoding="utf-8")
-        values: Any
-        if suffix == ".json":
-            try:
-                values = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} is not valid JSON: {error}") from error
-        else:
-            import yaml
-
-            try:
-                values = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(f"{path} is not valid YAML: {error}") from error
+        values = read_settings(path)
         try:
-            return cls.from_dict({} if values is None else values)
+            return cls.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -157,6 +140,34 @@ class Config:
         """
         _check_names(values)
         return dataclasses.replace(self, **values)
+
+
+def read_settings(path: str | Path) -> Any:
+    """What a ``.yaml``, ``.yml`` or ``.json`` file holds; of an empty one an empty mapping.
+
+    Raises:
+        ValueError: for another suffix, or a file that does not parse; the message names the file.
+        OSError: if the file cannot be read.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in (".yaml", ".yml", ".json"):
+        raise ValueError(f"{path}: the suffix is {suffix!r}; allowed: .yaml, .yml, .json")
+    text = path.read_text(encoding="utf-8")
+    values: Any
+    if suffix == ".json":
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+    else:
+        import yaml
+
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from error
+    return {} if values is None else values
 
 
 def _check_names(values: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from accelrt.cli.bench import bench
 from accelrt.cli.calibrate import calibrate
 from accelrt.cli.compare import compare
 from accelrt.cli.demo import demo
+from accelrt.cli.distill import distill
 from accelrt.cli.doctor import doctor
 from accelrt.cli.errors import set_debug
 from accelrt.cli.plan import plan
@@ -19,8 +20,9 @@ EPILOG = (
     "Exit codes: 0 done; 1 the finding is negative (`doctor`: not usable here; `demo`: an "
     "unwrapped pipeline differs from the stock one; `bench`: an error is above the rule's "
     "bound, or a budget was not kept; `compare`: PSNR is below --min-psnr, or an unwrapped "
-    "pipeline differs; `calibrate`: the target was not reached); 2 wrong arguments, missing "
-    "files or an unsupported model; 130 interrupted."
+    "pipeline differs; `calibrate`: the target was not reached; `distill`: the module is no "
+    "better than the same steps without it); 2 wrong arguments, missing files or an unsupported "
+    "model; 130 interrupted."
 )
 
 app = typer.Typer(
@@ -69,6 +71,11 @@ app.command(
     epilog="Exit codes: 0 done; 1 the target was not reached, but the closest schedule written; "
     "2 wrong arguments, missing files or an unsupported model."
 )(calibrate)
+app.command(
+    epilog="Exit codes: 0 done; 1 with the trained module the error is not below that of the same "
+    "steps without it, but it is written; 2 wrong arguments, missing files or packages, an "
+    "unsupported model or data, or a training with other settings in --out."
+)(distill)
 app.command(epilog="Exit codes: 0 done; 2 a budget that cannot be met, or wrong arguments.")(plan)
 
 

@@ -171,8 +171,10 @@ class FeedbackModule(ModelMixin, ConfigMixin):
             for parameter in block.ff.net[-1].parameters():
                 nn.init.zeros_(parameter)
         example = next(model.parameters())
-        placed: FeedbackModule = module.to(device=example.device, dtype=example.dtype)
-        return placed
+        # ModelMixin.to() warns of modules to be kept in fp32, of which there are none.
+        nn.Module.to(module, device=example.device, dtype=example.dtype)
+        made: FeedbackModule = module
+        return made
 
     @property
     def loop(self) -> range:

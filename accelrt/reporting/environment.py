@@ -29,6 +29,8 @@ OPTIONAL = {
     "transformers": "text encoders (AnimateDiff and all text-to-image pipelines)",
     "safetensors": "reading model weights",
     "accelerate": "loading with little memory, offload",
+    "tensorboard": "the log of a training",
+    "datasets": "training data that it saved",
     "pillow": "GIF and PNG of the demo",
     "jinja2": "the HTML report",
     "scikit-learn": "training and measuring the reference models",

@@ -136,7 +136,7 @@ def train_text_encoder(cfg: Settings, tokenizer: T5Tokenizer) -> tuple[T5Encoder
     return encoder.requires_grad_(False), result
 
 
-def _image_prompts(labels: torch.Tensor, rng: torch.Generator) -> list[str]:
+def image_prompts(labels: torch.Tensor, rng: torch.Generator) -> list[str]:
     """A prompt for every image; some of them name a motion."""
     still = data.random_still_prompts(labels, rng)
     moving, _, _ = data.random_prompts(labels, rng)
@@ -149,7 +149,7 @@ def train_pixart(cfg: Settings, vae: AutoencoderKL) -> dict[str, Any]:
     tokenizer = build_tokenizer()
     text_encoder, text = train_text_encoder(cfg, tokenizer)
     pool, labels = image_latents(cfg, vae)
-    prompts = _image_prompts(labels, step_rng(cfg.seed, "pixart prompts", 0))
+    prompts = image_prompts(labels, step_rng(cfg.seed, "pixart prompts", 0))
     # There are few different prompts: encode each once. The last is the empty one.
     distinct = [*dict.fromkeys(prompts), ""]
     places = {prompt: i for i, prompt in enumerate(distinct)}
