@@ -46,9 +46,10 @@ constexpr int64_t kChain = 128;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Vectors of the next tile when `left` of them are to be done; no lonely one at the end.
+// Vectors of the next tile when `left` of them are to be done: no lonely one, and the widest at the
+// end, where half a vector may be.
 inline int tile_width(int left) {
-  if (kVecs >= 3 && left >= 3 && left != 4) return 3;
+  if (kVecs >= 3 && left % 3 == 0) return 3;
   return std::min({left, kVecs, 2});
 }
 
@@ -73,7 +74,7 @@ struct Plan {
     // Half of an L2 cache of 1 MiB: more keys in a block save passes over `out`, more queries in
     // a unit save packing.
     constexpr int64_t kKeyWords = 40960;
-    constexpr int64_t kQueryWords = 61440;
+    constexpr int64_t kQueryWords = 69632;
     constexpr int64_t kMostKeys = 512;
     constexpr int64_t kMostQueries = 512;
     const int64_t key_words = words + row / elements;
@@ -214,7 +215,7 @@ void pack_values(const T* v, int64_t stride, int64_t count, int64_t padded, int6
   }
 }
 
-// to[padded] = bias in units of log 2; -inf past `count`.
+// to[padded] = bias, or zeros without one; -inf past `count`.
 template <typename T>
 void load_bias(const T* bias, int64_t count, int64_t padded, float* to) {
   for (int64_t i = 0; i < padded; i += kLanes) {
@@ -222,7 +223,7 @@ void load_bias(const T* bias, int64_t count, int64_t padded, float* to) {
     if (bias == nullptr) {
       for (int lane = 0; lane < kLanes; ++lane) to[i + lane] = lane < n ? 0.f : -INFINITY;
     } else {
-      store(to + i, load_any(bias + i, n, -INFINITY) * Vec(kLog2E));
+      store(to + i, load_any(bias + i, n, -INFINITY));
     }
   }
 }
@@ -257,10 +258,10 @@ inline void multiply(const float* a, int64_t lda, const float* b, int64_t depth,
 }
 
 // scores[R, N vectors of keys] of the tile `keys` [words, N vectors], and their maxima in
-// highest[R, one vector]. With kBias they are scaled by `factor` and have bias[R, N vectors] added,
+// highest[R, one vector]. With kBias they are scaled and have bias[R, N vectors] added,
 // rows bias_row apart; without, they are the bare products.
 template <typename M, int R, int N, bool kBias>
-void score(const float* q, int64_t words, const float* keys, float factor, const float* bias,
+void score(const float* q, int64_t words, const float* keys, float scale, const float* bias,
            int64_t bias_row, float* scores, int64_t score_row, float* highest) {
   Row<N, false> acc[R] = {};
   multiply<M, R, N, false>(q, words, keys, std::min(words, kChain), acc);
@@ -277,7 +278,7 @@ void score(const float* q, int64_t words, const float* keys, float factor, const
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       Vec y = acc[r].full[n];
-      if constexpr (kBias) y = fma(y, Vec(factor), load(bias + r * bias_row + n * kLanes));
+      if constexpr (kBias) y = fma(y, Vec(scale), load(bias + r * bias_row + n * kLanes));
       store(scores + r * score_row + n * kLanes, y);
       top = max(y, top);
     }
@@ -320,7 +321,7 @@ struct KeyBlock {
 
 // One block of keys for the R queries from `query` on.
 template <typename M, int R>
-void attend(const Plan& plan, float* scratch, int64_t query, const KeyBlock& block, float factor) {
+void attend(const Plan& plan, float* scratch, int64_t query, const KeyBlock& block, float scale) {
   const float* const q = scratch + plan.q + query * plan.words;
   float* const scores = scratch + plan.scores;
   float* const highest = scratch + plan.highest;
@@ -332,10 +333,10 @@ void attend(const Plan& plan, float* scratch, int64_t query, const KeyBlock& blo
     dispatch_width(width, [&](auto n) {
       constexpr int kWidth = decltype(n)::value;
       if (block.bias == nullptr) {
-        score<M, R, kWidth, false>(q, plan.words, keys, factor, nullptr, 0, to, plan.score_row,
+        score<M, R, kWidth, false>(q, plan.words, keys, scale, nullptr, 0, to, plan.score_row,
                                    highest);
       } else {
-        score<M, R, kWidth, true>(q, plan.words, keys, factor, block.bias + at * kLanes,
+        score<M, R, kWidth, true>(q, plan.words, keys, scale, block.bias + at * kLanes,
                                   block.bias_row, to, plan.score_row, highest);
       }
     });
@@ -344,15 +345,15 @@ void attend(const Plan& plan, float* scratch, int64_t query, const KeyBlock& blo
   }
 
   const int64_t count = static_cast<int64_t>(block.vectors) * kLanes;
-  const float scale = block.bias == nullptr ? factor : 1.f;
+  const float factor = block.bias == nullptr ? scale * kLog2E : kLog2E;
   float* const out = scratch + plan.out + query * plan.row;
   for (int r = 0; r < R; ++r) {
     float& top = scratch[plan.top + query + r];
     float* const sums = scratch + plan.sums + (query + r) * kLanes;
-    const float raised = max_of(load(highest + r * kLanes)) * scale;
+    const float raised = max_of(load(highest + r * kLanes));
     if (raised > top) {
       if (!block.first) {
-        const Vec correction(exp2f(top - raised));
+        const Vec correction(exp2f((top - raised) * factor));
         store(sums, load(sums) * correction);
         for (int64_t c = 0; c < plan.row; c += kLanes) {
           store(out + r * plan.row + c, load(out + r * plan.row + c) * correction);
@@ -360,7 +361,7 @@ void attend(const Plan& plan, float* scratch, int64_t query, const KeyBlock& blo
       }
       top = raised;
     }
-    store(sums, load(sums) + M::weigh(scores + r * plan.score_row, count, scale, top));
+    store(sums, load(sums) + M::weigh(scores + r * plan.score_row, count, factor, top));
   }
 
   const int64_t depth = count / M::kElements;
@@ -391,7 +392,11 @@ void compute(const AttentionParams& p, const Plan& plan, const Unit<T>& unit, fl
                   scratch + plan.q);
   std::fill_n(scratch + plan.top, padded, -FLT_MAX);
   std::memset(scratch + plan.sums, 0, static_cast<size_t>(padded) * kLanes * sizeof(float));
-  const float factor = static_cast<float>(p.scale * 1.4426950408889634);
+  const float scale = static_cast<float>(p.scale);
+  // The missing keys of the last vector are masked; and a negative scale is applied where a bias
+  // would be, so that the largest product always gives the largest score.
+  const bool biased = p.bias != nullptr || p.keys % kLanes != 0 || scale < 0.f;
+  const bool shared = p.bias_stride.token == 0;
   for (int64_t key = 0; key < p.keys; key += plan.keys) {
     const int64_t count = std::min(plan.keys, p.keys - key);
     const int vectors = static_cast<int>((count + kLanes - 1) / kLanes);
@@ -400,11 +405,7 @@ void compute(const AttentionParams& p, const Plan& plan, const Unit<T>& unit, fl
                  plan.words, scratch + plan.k);
     pack_values<M>(unit.v + key * p.v_stride.token, p.v_stride.token, count, padded_keys,
                    p.head_dim, plan.vectors, scratch + plan.v);
-    // The missing keys of the last vector are masked, and so that the largest product gives the
-    // largest score, a negative scale is applied where the bias is.
-    const bool biased = p.bias != nullptr || count != padded_keys || factor < 0.f;
     float* const bias = biased ? scratch + plan.bias : nullptr;
-    const bool shared = p.bias_stride.token == 0;
     if (biased && shared) {
       load_bias(p.bias == nullptr ? nullptr : unit.bias + key, count, padded_keys, bias);
     }
@@ -418,7 +419,7 @@ void compute(const AttentionParams& p, const Plan& plan, const Unit<T>& unit, fl
         }
       }
       const auto run = unit.queries - i > kRows / 2 ? attend<M, kRows> : attend<M, kRows / 2>;
-      run(plan, scratch, i, block, factor);
+      run(plan, scratch, i, block, scale);
     }
   }
   for (int64_t i = 0; i < unit.queries; ++i) {

@@ -57,13 +57,13 @@ struct FloatMath {
     return present > 0 ? load_any(rows, n).v : VFloat{};
   }
 
-  // Replaces `count` scores (whole vectors) by the weights 2^(factor s - top), as words; returns
+  // Replaces `count` scores (whole vectors) by the weights 2^(factor (s - top)), as words; returns
   // their sum in parts.
   static Vec weigh(float* s, int64_t count, float factor, float top) {
     constexpr int kUnroll = 2;
     Vec sums[kUnroll] = {Vec(0.f), Vec(0.f)};
     const auto step = [&](int64_t i, int n) {
-      const Vec p = exp2_float(fma(load(s + i), Vec(factor), Vec(-top)));
+      const Vec p = exp2_float((load(s + i) - Vec(top)) * Vec(factor));
       store(s + i, p);
       sums[n] += p;
     };
@@ -116,7 +116,7 @@ struct Bfloat16Math {
   static Vec weigh(float* s, int64_t count, float factor, float top) {
     const __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
     const auto weight = [&](int64_t i) {
-      return (__m512)exp2_coarse(fma(load(s + i), Vec(factor), Vec(-top))).v;
+      return (__m512)exp2_coarse((load(s + i) - Vec(top)) * Vec(factor)).v;
     };
     __m512 sum = _mm512_setzero_ps();
     int64_t i = 0;
