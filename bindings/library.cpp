@@ -22,6 +22,7 @@ STABLE_TORCH_LIBRARY(accelrt, m) {
   m.def(
       "temporal_attention(Tensor q, Tensor k, Tensor v, int num_heads, float scale, "
       "Tensor(a!) out) -> ()");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, Tensor(a!) out) -> ()");
   m.def("residual_blend(Tensor x, Tensor y, Tensor? alpha, float scale, Tensor(a!) out) -> ()");
   m.def(
       "guided_step(Tensor sample, Tensor cond, Tensor? uncond, Tensor? history, "

@@ -7,7 +7,7 @@ them for float64 tensors, for which there are no kernels.
 """
 
 from .activations import geglu, gelu, gelu_tanh, silu
-from .attention import temporal_attention
+from .attention import attention, temporal_attention
 from .blend import residual_blend
 from .group_norm import group_norm_apply, group_norm_merge, group_norm_stats
 from .layer_norm import gate_residual_layer_norm_modulate, layer_norm_modulate
@@ -15,6 +15,7 @@ from .steps import feature_delta, guided_step
 from .weighted_sum import weighted_sum
 
 __all__ = [
+    "attention",
     "feature_delta",
     "gate_residual_layer_norm_modulate",
     "geglu",
