@@ -270,13 +270,13 @@ class Landing:
         def joined(parts: list[list[Tensor]]) -> Tensor:
             return torch.stack([torch.cat(each) for each in zip(*parts, strict=True)])
 
-        x, outputs = joined(found), joined(wanted)
+        before, landing = joined(found), joined(wanted)
         if self._weights is None and number:
             self._made(0)  # the weights are those of the first round, also after a resume
         if self._weights is None:
             squares = torch.tensor([gains[k] ** 2 for k in outer.fed], device=training.device)
-            self._weights = self._balanced(x, outputs, index, scales, squares)
-        return Round(x, outputs, index, scales, self._weights)
+            self._weights = self._balanced(before, landing, index, scales, squares)
+        return Round(before, landing, index, scales, self._weights)
 
     def _balanced(
         self, x: Tensor, outputs: Tensor, index: Tensor, scales: Tensor, squares: Tensor

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,12 +143,6 @@ class Outer:
             part = [a - (a - b) * i // substeps for i in range(substeps)]
             fine += part
         return tuple(fine)
-
-    def alpha(self, k: int) -> float:
-        """Share of the clean signal where outer step ``k`` ends."""
-        if k + 1 == len(self.times):
-            return 1.0
-        return math.sqrt(float(self.scheduler.alphas_cumprod[self.times[k + 1]]))
 
 
 def _started(scheduler: Any, count: int | None, times: Sequence[int] | None) -> Any:
