@@ -209,9 +209,6 @@ def landing_outputs(outer: Outer, trajectory: Sequence[Tensor]) -> tuple[list[Te
         if abs(gain) < 1e-9:
             raise ValueError(f"step {k} at timestep {int(t)} does not depend on the model's output")
         m = (wanted - at_zero) / gain
-        # The probes' difference is rounded; what is missing is nearly all of it after one more.
-        for _ in range(2):
-            m = m + (wanted - probe(m)) / gain
         _step(scheduler, m, t, x)
         outputs.append(m)
         gains.append(gain)
