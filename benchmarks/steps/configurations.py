@@ -95,9 +95,9 @@ def plain_rows(steps: int) -> tuple[list[Row], Baselines]:
 
 
 @contextmanager
-def wrapped(pipe: Any, rehash: Rehash | None = None) -> Iterator[None]:
+def wrapped(pipe: Any, rehash: Rehash | None = None, feedback: Any = None) -> Iterator[None]:
     """The pipeline with accelrt; afterwards it is stock again."""
-    accelrt.wrap(pipe, rehash=rehash)
+    accelrt.wrap(pipe, rehash=rehash, feedback=feedback)
     try:
         yield
     finally:

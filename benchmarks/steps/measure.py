@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 import gc
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from tasks import Batch, Judge, Task, call
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from accelrt import _C
 from accelrt.memory import track_peak
 from accelrt.quality import relative_error, ssim
 from accelrt.quality.observe import patched
@@ -201,11 +203,21 @@ def count(pipe: Any, batch: Batch, steps: int) -> Count:
     return Count(after - before, live)
 
 
-@dataclass
-class _Samples:
-    """What the calls of one row gave."""
+Counted = TypeVar("Counted")
 
-    count: Count
+
+@dataclass
+class Samples(Generic[Counted]):
+    """What the calls of one row gave, one entry a batch.
+
+    Args:
+        count: of the untimed call before.
+        seconds: of the denoising loop.
+        latents: ``[B, C, H, W]``, final.
+        pictures: ``[B, F, 3, H, W]`` in [0, 1].
+    """
+
+    count: Counted
     seconds: list[float] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
     pictures: list[Tensor] = field(default_factory=list)
@@ -238,9 +250,7 @@ def measure(
 ) -> tuple[list[Result], dict[str, str]]:
     """Run all rows on all batches, and measure them.
 
-    Batch ``b`` of every row comes before batch ``b + 1`` of any, and every batch begins with
-    another row, so that a drift of the machine's speed falls on all alike. Work and memory are
-    counted in a call of their own, before.
+    Work and memory are counted in a call of their own, before; see :func:`collect`.
 
     Args:
         pipe: the stock pipeline.
@@ -256,20 +266,59 @@ def measure(
     Raises:
         ValueError: two rows have one name, or a baseline is missing.
     """
+    check_rows(rows, (baselines.stock, baselines.exact))
+    with short_collections():
+        samples, failed = collect(
+            pipe, task, rows, lambda row: count(pipe, task.batches[0], row.steps), tell
+        )
+    running = [row for row in rows if row.name not in failed]
+    return [_result(row, samples, baselines, task, judge) for row in running], failed
+
+
+def check_rows(rows: Sequence[Row], baselines: Sequence[str]) -> None:
+    """Names must differ, and baselines be among them.
+
+    Raises:
+        ValueError: they do not.
+    """
     names = [row.name for row in rows]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"row {name!r} is there {names.count(name)} times; allowed: once")
-    for name in (baselines.stock, baselines.exact):
+    for name in baselines:
         if name not in names:
             raise ValueError(f"baseline {name!r} is not among the rows: {', '.join(names)}")
-    samples: dict[str, _Samples] = {}
+
+
+def collect(
+    pipe: Any,
+    task: Task,
+    rows: Sequence[Row],
+    counter: Callable[[Row], Counted],
+    tell: Callable[[str], None] = lambda text: None,
+) -> tuple[dict[str, Samples[Counted]], dict[str, str]]:
+    """Run all rows on all batches.
+
+    Batch ``b`` of every row comes before batch ``b + 1`` of any, and every batch begins with
+    another row, so that a drift of the machine's speed falls on all alike.
+
+    Args:
+        pipe: the stock pipeline.
+        task: what it is asked for.
+        rows: with names of their own.
+        counter: makes an untimed call of the pipeline, switched to the row, before the others.
+        tell: is told how far it is.
+
+    Returns:
+        By name of the row what its calls gave; and rivals that raised, with their errors.
+    """
+    samples: dict[str, Samples[Counted]] = {}
     failed: dict[str, str] = {}
     for row in rows:
         tell(f"counting: {row.name}")
         try:
             with row.switch(pipe):
-                samples[row.name] = _Samples(count(pipe, task.batches[0], row.steps))
+                samples[row.name] = Samples(counter(row))
         except Exception as error:
             if row.kind != "rival":
                 raise
@@ -278,22 +327,50 @@ def measure(
     for i, batch in enumerate(task.batches):
         first = i * len(running) // len(task.batches)
         for row in (*running[first:], *running[:first]):
-            with row.switch(pipe):
-                warm_up(pipe, batch, row.steps)
-                gc.collect()
-                with observed(pipe) as seen:
-                    output = call(pipe, batch, row.steps)
+            seconds, latents, pictures = timed(pipe, row, batch)
             found = samples[row.name]
-            found.seconds.append(seen.ended - seen.began)
-            found.latents.append(torch.cat(seen.latents))
-            found.pictures.append(pictures_of(output)[0])
-            tell(f"batch {i + 1} of {len(task.batches)}: {row.name}, {found.seconds[-1]:.2f} s")
-    results = [_result(row, samples, baselines, task, judge) for row in running]
-    return results, failed
+            found.seconds.append(seconds)
+            found.latents.append(latents)
+            found.pictures.append(pictures)
+            tell(f"batch {i + 1} of {len(task.batches)}: {row.name}, {seconds:.2f} s")
+    return samples, failed
+
+
+@contextmanager
+def short_collections() -> Iterator[None]:
+    """Garbage is collected before every timed call: what lives already is not looked at again."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def timed(pipe: Any, row: Row, batch: Batch) -> tuple[float, Tensor, Tensor]:
+    """One call of a row: seconds of its denoising loop, final latents, and pictures."""
+    with row.switch(pipe):
+        warm_up(pipe, batch, row.steps)
+        gc.collect()
+        with observed(pipe) as seen:
+            output = call(pipe, batch, row.steps)
+    return seen.ended - seen.began, torch.cat(seen.latents), pictures_of(output)[0]
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "device": "cpu",
+        "processor": platform.processor() or platform.machine(),
+        "isa": _C.active_isa(),
+        "threads": torch.get_num_threads(),
+        "dtype": "fp32",
+        "torch": torch.__version__,
+    }
 
 
 def _result(
-    row: Row, samples: dict[str, _Samples], baselines: Baselines, task: Task, judge: Judge
+    row: Row, samples: dict[str, Samples[Count]], baselines: Baselines, task: Task, judge: Judge
 ) -> Result:
     mine, reference = samples[row.name], samples[baselines.stock]
     base = samples[baselines.of(row.kind)]

@@ -9,21 +9,18 @@ On the trained reference models, in fp32 on the CPU. Rivals: ``pip install --gro
 from __future__ import annotations
 
 import enum
-import platform
 import warnings
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import configurations
 import rivals
 import tasks
 import torch
 import typer
-from measure import measure
+from measure import machine, measure
 from report import Table, write
-
-from accelrt import _C
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -47,18 +44,6 @@ def matching(names: list[str], patterns: list[str]) -> list[str]:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"rows: nothing is called {pattern!r}; allowed: {', '.join(names)}")
     return [n for n in names if not patterns or any(fnmatchcase(n, p) for p in patterns)]
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "device": "cpu",
-        "processor": platform.processor() or platform.machine(),
-        "isa": _C.active_isa(),
-        "threads": torch.get_num_threads(),
-        "dtype": "fp32",
-        "torch": torch.__version__,
-    }
 
 
 def table_of(

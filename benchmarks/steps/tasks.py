@@ -159,13 +159,17 @@ class Judge:
 
     def __call__(self, pictures: Tensor, wanted: Tensor) -> Judgement:
         """Judge ``pictures`` ``[N, F, 3, H, W]`` in [0, 1] of the digits ``wanted`` ``[N]``."""
-        frames = pictures.shape[1]
-        digits, features = classify(pictures.flatten(0, 1) * 2 - 1, self.classifier)
-        hits = digits.view(-1, frames) == wanted[:, None]
+        hits, features = self.read(pictures, wanted)
         # A covariance needs two pictures.
         enough = len(features) > 1
         distance = frechet_distance(features, self.reference) if enough else float("nan")
         return Judgement(hits.float().mean().item(), distance)
+
+    def read(self, pictures: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Which show the digit ``[N, F]``, and the classifier's features of them ``[N * F, D]``."""
+        frames = pictures.shape[1]
+        digits, features = classify(pictures.flatten(0, 1) * 2 - 1, self.classifier)
+        return digits.view(-1, frames) == wanted[:, None], features
 
 
 Calls = Callable[[list[int]], dict[str, Any]]

@@ -6,8 +6,24 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from measure import Result
+
+
+class Measured(Protocol):
+    """What a verdict needs of a row; see :class:`measure.Result`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def speedup(self) -> float: ...
+    @property
+    def psnr_db(self) -> float: ...
+    @property
+    def frechet(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -31,7 +47,7 @@ class Verdict:
     text: str
 
 
-def judge(row: Result, plain: Sequence[Result]) -> Verdict:
+def judge(row: Measured, plain: Sequence[Measured]) -> Verdict:
     """The verdict on ``row``.
 
     Times are relative to the baseline's in the same batches, which cancels drift of the
