@@ -102,7 +102,7 @@ def wrap(
             name = type(module).__name__ + (f" ({path})" if path else "")
             raise ValueError(f"{name} is wrapped already; call accelrt.unwrap first")
     settings = _rehash(rehash)
-    feedback_module = _feedback(feedback)
+    feedback_module = feedback_of(feedback)
     planner = _planner(pipe_or_model, config)
     tracker: Tracker | None = None
     done: list[nn.Module] = []
@@ -149,8 +149,12 @@ def _rehash(given: Rehash | str | Path | None) -> Rehash | None:
     raise ValueError(f"rehash is {given!r}; allowed: a Rehash, the path of a file, 'auto', None")
 
 
-def _feedback(given: FeedbackModule | str | Path | None) -> FeedbackModule | None:
-    """The module, loaded from its folder where it is one."""
+def feedback_of(given: FeedbackModule | str | Path | None) -> FeedbackModule | None:
+    """A feedback module, loaded where its folder is given.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if given is None:
         return None
     from accelrt.feedback.module import FeedbackModule

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import accelrt
 from accelrt.feedback import FeedbackModule, FeedbackSchedule
 from accelrt.feedback.schedule import every, shrinking
+from accelrt.quality import compare
 from accelrt.steps.ahead import AheadOutputs
 from accelrt.wrap import forwards
 
@@ -508,6 +509,35 @@ def test_the_quality_floor_compares_with_all_steps() -> None:
     with pytest.warns(UserWarning, match="quality_floor is 60"):
         found = images()
     assert abs(found - full).max() < 1e-3
+
+
+def test_it_is_compared_with_the_steps_that_it_stands_for() -> None:
+    pipe = pipeline("dit", torch.float32)
+    module = module_for(pipe)
+    call = {"class_labels": [3], "num_inference_steps": STANDS_FOR}
+    found = compare(pipe, call, feedback=module, repeats=1)
+    assert found.restored
+    assert found.feedback == {
+        "loop": [1, 2], "passes": 1, "stands_for": STANDS_FOR, "outer_steps": 5,
+        "feedback_steps": 4,
+    }  # fmt: skip
+    assert found.computed_stages == pytest.approx((5 * 3 + 4 * 2) / (STANDS_FOR * 3))
+    assert found.latent_error is not None
+    assert found.latent_error > 1e-3
+    assert found.to_dict()["rehash"] is None
+    with pytest.raises(ValueError, match="num_inference_steps is 5"):
+        compare(pipe, {**call, "num_inference_steps": 5}, feedback=module)
+    assert not accelrt.is_wrapped(pipe)
+
+
+def test_a_module_gives_the_scheduler_that_it_was_trained_for() -> None:
+    pipe = pipeline("dit")
+    made = {"scheduler_class": "DDIMScheduler", "scheduler_config": {"beta_end": 0.03}}
+    scheduler = module_for(pipe, **made).scheduler()
+    assert type(scheduler) is DDIMScheduler
+    assert scheduler.config.beta_end == 0.03
+    with pytest.raises(ValueError, match="does not say what scheduler"):
+        module_for(pipe).scheduler()
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart-sigma"])

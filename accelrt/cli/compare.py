@@ -28,6 +28,7 @@ from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
 if TYPE_CHECKING:
     from accelrt.cli.scenarios import Scenario
     from accelrt.config import Config
+    from accelrt.feedback import FeedbackModule
     from accelrt.quality import Comparison, Side
     from accelrt.steps import Rehash
 
@@ -52,12 +53,22 @@ def compare(
             "every step is computed.",
         ),
     ] = None,
+    feedback: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Inner Loop Feedback with the module of a folder; both sides take the scheduler "
+            "that it was trained for.",
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Settings of the wrap: YAML or JSON.")
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Denoising steps; default: those of the schedule, or 25."),
+        typer.Option(
+            min=1, help="Denoising steps; default: those of the schedule or the module, or 25."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of both sides.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, counted from --seed.")] = 1,
@@ -86,20 +97,21 @@ def compare(
     """Run a pipeline plain and accelerated from the same seeds; report quality, time and memory.
 
     PSNR, SSIM and the error of the latents are those of the accelerated side against the plain
-    one. With --rehash they are what the left-out steps cost.
+    one. With --rehash they are what the left-out steps cost, with --feedback what it costs that
+    fewer stand for all.
     """
     if min_psnr is not None and not 0 < min_psnr < math.inf:
         raise ValueError(f"--min-psnr is {min_psnr}; allowed: a number of dB above 0")
     settings, environment = prepared(config, threads)
-    cut = _cut(rehash)
-    count = steps or _steps_of(cut) or DEFAULT_STEPS
+    cut = _cut(rehash, feedback)
+    count = steps or cut.steps or DEFAULT_STEPS
     load = loader_of(model, dtype.value, device.value, count, prompt, frames, image)
     with bars() as progress:
         found = _run(load, list(range(seed, seed + seeds)), repeats, settings, cut, out, progress)
     if as_json:
         words = _command(
-            model, rehash, config, count, seed, seeds, repeats, min_psnr, prompt, image, frames,
-            out, dtype, device, threads,
+            model, rehash, feedback, config, count, seed, seeds, repeats, min_psnr, prompt, image,
+            frames, out, dtype, device, threads,
         )  # fmt: skip
         values = {"command": words, **found.to_dict(min_psnr), "environment": environment.to_dict()}
         typer.echo(json.dumps(values, indent=2))
@@ -201,21 +213,42 @@ def _number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _cut(given: str | None) -> Rehash | str | None:
+@dataclass(frozen=True)
+class Cut:
+    """The cut along time: at most one of the two.
+
+    Args:
+        rehash, feedback: as for :func:`accelrt.wrap`.
+    """
+
+    rehash: Rehash | str | None = None
+    feedback: FeedbackModule | None = None
+
+    @property
+    def steps(self) -> int | None:
+        """The number of steps that it was made for, if it says so."""
+        if self.feedback is not None:
+            return min(self.feedback.schedules, default=None)
+        if self.rehash is None or isinstance(self.rehash, str):
+            return None
+        origin = self.rehash.origin
+        steps = getattr(self.rehash.policy, "steps", None) or (origin and origin.steps)
+        return int(steps) if steps else None
+
+
+def _cut(rehash: str | None, feedback: Path | None) -> Cut:
     """The cut along time, read before anything is loaded."""
-    if given is None or given == AUTO:
-        return given
+    if feedback is not None:
+        if rehash is not None:
+            raise ValueError("--rehash and --feedback were both given; allowed: one of them")
+        from accelrt.wrap import feedback_of
+
+        return Cut(feedback=feedback_of(feedback))
+    if rehash is None or rehash == AUTO:
+        return Cut(rehash)
     from accelrt.steps import Rehash
 
-    return Rehash.load(given)
-
-
-def _steps_of(cut: Rehash | str | None) -> int | None:
-    """The number of steps that a schedule was made for, if it says so."""
-    if cut is None or isinstance(cut, str):
-        return None
-    steps = getattr(cut.policy, "steps", None) or (cut.origin and cut.origin.steps)
-    return int(steps) if steps else None
+    return Cut(Rehash.load(rehash))
 
 
 def loader_of(
@@ -272,7 +305,7 @@ def _run(
     seeds: Sequence[int],
     repeats: int,
     config: Config,
-    cut: Rehash | str | None,
+    cut: Cut,
     out: Path | None,
     progress: Progress,
 ) -> Findings:
@@ -285,7 +318,9 @@ def _run(
     scenario = load()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    each = steps_per_comparison(scenario.pipe, scenario.call, repeats, rehash=cut is not None)
+    if cut.feedback is not None:
+        scenario.pipe.scheduler = cut.feedback.scheduler()
+    each = steps_per_comparison(scenario.pipe, scenario.call, repeats, rehash=cut != Cut())
     progress.update(task, total=each * len(seeds), model=scenario.title)
     found = Findings(scenario.title, scenario.detail)
     for i, seed in enumerate(seeds):
@@ -302,8 +337,8 @@ def _run(
             progress.update(task, completed=min(before + done, end), description=text)
 
         result = measure(
-            scenario.pipe, scenario.call, config=config, rehash=cut, seed=seed, repeats=repeats,
-            on_progress=on_progress,
+            scenario.pipe, scenario.call, config=config, rehash=cut.rehash, feedback=cut.feedback,
+            seed=seed, repeats=repeats, on_progress=on_progress,
         )  # fmt: skip
         found.comparisons.append(result)
         if out is not None:
@@ -367,6 +402,7 @@ def _table(heads: Sequence[str]) -> Table:
 def _command(
     model: str,
     rehash: str | None,
+    feedback: Path | None,
     config: Path | None,
     steps: int,
     seed: int,
@@ -385,6 +421,7 @@ def _command(
     words = ["accelrt", "compare", "--model", model]
     for option, value in (
         ("--rehash", rehash),
+        ("--feedback", feedback),
         ("--config", config),
         ("--steps", steps),
         ("--seed", seed),

@@ -210,6 +210,20 @@ class FeedbackModule(ModelMixin, ConfigMixin):
         if what:
             raise ValueError(f"the feedback module was trained for {what}")
 
+    def scheduler(self) -> Any:
+        """A new scheduler, of the kind and with the settings that the module was trained for.
+
+        Raises:
+            ValueError: it was not trained.
+        """
+        import diffusers
+
+        config: Any = self.config
+        if not config.scheduler_class:
+            raise ValueError("the feedback module does not say what scheduler it was trained for")
+        cls: Any = getattr(diffusers, config.scheduler_class)
+        return cls.from_config(dict(config.scheduler_config or {}))
+
     def blocks_run(self, count: int, feedback: bool) -> int:
         """Blocks that one pass through a model of ``count`` blocks runs, with the feedback's."""
         return count + (self.passes * (self.length + 1) if feedback else 0)

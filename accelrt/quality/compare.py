@@ -20,12 +20,13 @@ from accelrt.config import Config
 from accelrt.memory.tracker import track_peak
 from accelrt.quality.metrics import psnr, relative_error, ssim
 from accelrt.quality.observe import captured_latents, pictures, silent_steps, weight_bytes
-from accelrt.steps.origin import check_origin
-from accelrt.steps.report import StepsReport, steps_report
+from accelrt.steps.outer_steps import OuterSteps
+from accelrt.steps.report import FeedbackReport, StepsReport, report_of
 from accelrt.steps.session import Tracker
 from accelrt.wrap import forwards, is_wrapped, summary, unwrap, wrap
 
 if TYPE_CHECKING:
+    from accelrt.feedback.module import FeedbackModule
     from accelrt.report import Summary
     from accelrt.steps.rehash import Rehash
 
@@ -80,9 +81,11 @@ class Comparison:
         groups: which operator groups were fused, sliced or left alone.
         rehash: settings of the cut along time, as :meth:`accelrt.steps.Rehash.to_dict`;
             ``None`` where every step was computed.
+        feedback: passes, loop and what they stand for; ``None`` without Inner Loop Feedback.
         computed_stages: share of the stages that the cut leaves out which ran all the same,
-            over the samples of all steps; 1 without ``rehash``.
-        cache_bytes: most that the features kept for predictions took.
+            over the samples of all steps; with ``feedback`` the blocks that ran over those of
+            the steps that they stand for; 1 without either.
+        cache_bytes: most that was kept from step to step.
     """
 
     pipeline: str
@@ -103,6 +106,7 @@ class Comparison:
     config: Config
     groups: Summary
     rehash: dict[str, Any] | None = None
+    feedback: dict[str, Any] | None = None
     computed_stages: float = 1.0
     cache_bytes: int = 0
 
@@ -148,6 +152,7 @@ class Comparison:
             "config": self.config.to_dict(),
             "groups": self.groups.to_dict(),
             "rehash": _plain(self.rehash),
+            "feedback": _plain(self.feedback),
             "computed_stages": self.computed_stages,
             "cache_bytes": self.cache_bytes,
         }
@@ -187,6 +192,7 @@ def compare(
     *,
     config: Config | None = None,
     rehash: Rehash | str | Path | None = None,
+    feedback: FeedbackModule | str | Path | None = None,
     seed: int = 0,
     repeats: int = 3,
     on_progress: Progress | None = None,
@@ -198,8 +204,8 @@ def compare(
     between: stock, wrapped, wrapped, stock, and so on, so that a drift of the machine's
     speed falls on both. A run is timed alone, after a short untimed one that pays for
     what only the first call after a wrap does. Memory is measured in separate short
-    calls; with ``rehash`` that of the wrapped side in a whole one, since what is kept grows
-    from step to step. The stock runs after an unwrap prove that unwrapping restores the
+    calls; with ``rehash`` or ``feedback`` that of the wrapped side in a whole one, since what is
+    kept grows from step to step. The stock runs after an unwrap prove that unwrapping restores the
     pipeline.
 
     Args:
@@ -208,6 +214,8 @@ def compare(
         config: settings for :func:`accelrt.wrap`.
         rehash: the cut along time, as for :func:`accelrt.wrap`; the stock side computes every
             step.
+        feedback: Inner Loop Feedback, as for :func:`accelrt.wrap`; the stock side runs the steps
+            that the outer steps stand for, with the same scheduler.
         seed: of the CPU generator that every run starts from.
         repeats: timed runs of each side, at least 1.
         on_progress: called as ``on_progress(what, steps_done, steps)``.
@@ -219,7 +227,7 @@ def compare(
     Raises:
         UnsupportedModelError: nothing in the pipeline can be wrapped.
         ValueError: it is wrapped already, takes no generator, or an argument is wrong.
-        OSError: the file of ``rehash`` cannot be read.
+        OSError: the file of ``rehash`` or ``feedback`` cannot be read.
     """
     if not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"compare: repeats is {repeats!r}; allowed: an integer >= 1")
@@ -228,23 +236,23 @@ def compare(
     config = (config or Config()).override(**overrides)
     # Fails here, before any work, if the pipeline or its call is not one that we can compare.
     runner = _Runner(pipe, call, seed, on_progress)
-    rehash = _fits(pipe, call, config, rehash, runner.steps(call))
+    cut = _fits(pipe, call, config, rehash, feedback, runner.steps(call))
     sides = {"stock": _Runs(), "accelrt": _Runs()}
-    steps: StepsReport | None = None
+    steps: StepsReport | FeedbackReport | None = None
     try:
         for wrapped, what in _order(repeats):
-            _switch(pipe, wrapped, config, rehash)
+            _switch(pipe, wrapped, config, cut)
             runner.timed(sides["accelrt" if wrapped else "stock"], what)
             steps = _steps(pipe) or steps
         for wrapped in (True, False):
-            _switch(pipe, wrapped, config, rehash)
+            _switch(pipe, wrapped, config, cut)
             name = "accelrt" if wrapped else "stock"
-            whole = wrapped and rehash is not None
+            whole = wrapped and bool(cut)
             sides[name].peak_bytes = runner.peak(f"{name}: memory", whole=whole)
             if wrapped:
                 groups = summary(pipe)
     finally:
-        _switch(pipe, False, config, rehash)
+        _switch(pipe, False, config, cut)
     stock, ours = sides["stock"].side(), sides["accelrt"].side()
     big_enough = min(stock.pictures.shape[-2:]) >= 11
     return Comparison(
@@ -269,7 +277,8 @@ def compare(
         restored_runs=sides["stock"].restored,
         config=config,
         groups=groups,
-        rehash=None if steps is None else steps.settings,
+        rehash=steps.settings if isinstance(steps, StepsReport) else None,
+        feedback=steps.settings if isinstance(steps, FeedbackReport) else None,
         computed_stages=1.0 if steps is None else steps.computed_share,
         cache_bytes=0 if steps is None else steps.cache_bytes,
     )
@@ -282,7 +291,7 @@ def steps_per_comparison(
 
     Args:
         pipe, call, repeats: of the comparison.
-        rehash: whether it has a cut along time.
+        rehash: whether it has a cut along time, or feedback.
     """
     runner = _Runner(pipe, call, 0, None)
     full, short = runner.steps(call), runner.steps(runner.short)
@@ -294,21 +303,25 @@ def _fits(
     call: Mapping[str, Any],
     config: Config,
     rehash: Rehash | str | Path | None,
+    feedback: FeedbackModule | str | Path | None,
     steps: int,
-) -> Rehash | None:
+) -> dict[str, Any]:
     """The cut along time, read; refuses, before any work, what the pipeline cannot be run with."""
-    wrap(pipe, config=config, rehash=rehash)
+    wrap(pipe, config=config, rehash=rehash, feedback=feedback)
     try:
         tracker = _tracker(pipe)
         if tracker is None:
-            return None
-        tracker.rehash.to_dict()  # of a policy of the user's own it says that it cannot
+            return {}
         scheduler = getattr(pipe, "scheduler", None)
-        if getattr(scheduler, "order", 1) == 1 and not _OWN_STEPS & set(call):
-            if tracker.rehash.origin is not None:
-                check_origin(tracker.rehash.origin, tracker.model(), scheduler, steps)
-            tracker.rehash.policy.check(steps)
-        return tracker.rehash
+        own = getattr(scheduler, "order", 1) == 1 and not _OWN_STEPS & set(call)
+        if isinstance(tracker, OuterSteps):
+            if own:
+                tracker.check_steps(scheduler, steps)
+            return {"feedback": tracker.module}
+        tracker.rehash.to_dict()  # of a policy of the user's own it says that it cannot
+        if own:
+            tracker.check_request(scheduler, steps)
+        return {"rehash": tracker.rehash}
     finally:
         unwrap(pipe)
 
@@ -319,9 +332,9 @@ def _tracker(pipe: Any) -> Tracker | None:
     return next((stepper.tracker for stepper in found if stepper is not None), None)
 
 
-def _steps(pipe: Any) -> StepsReport | None:
-    tracker = _tracker(pipe)
-    return None if tracker is None else steps_report(tracker)
+def _steps(pipe: Any) -> StepsReport | FeedbackReport | None:
+    found = (report_of(forward) for _, forward in forwards(pipe))
+    return next((report for report in found if report is not None), None)
 
 
 def _order(repeats: int) -> list[tuple[bool, str]]:
@@ -335,9 +348,9 @@ def _order(repeats: int) -> list[tuple[bool, str]]:
     return order
 
 
-def _switch(pipe: Any, wrapped: bool, config: Config, rehash: Rehash | None) -> None:
+def _switch(pipe: Any, wrapped: bool, config: Config, cut: Mapping[str, Any]) -> None:
     if wrapped and not is_wrapped(pipe):
-        wrap(pipe, config=config, rehash=rehash)
+        wrap(pipe, config=config, **cut)
     elif not wrapped and is_wrapped(pipe):
         unwrap(pipe)
 

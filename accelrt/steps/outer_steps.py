@@ -44,32 +44,37 @@ class OuterSteps(Tracker):
     def _outer(
         self, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of ``set_timesteps``.
-
-        Raises:
-            ValueError: there is no schedule for so many steps, or the scheduler cannot take it.
-        """
+        """The arguments of ``set_timesteps``."""
         signature = inspect.signature(type(scheduler).set_timesteps)
         given = signature.bind(scheduler, *args, **kwargs).arguments
-        steps = given.get("num_inference_steps")
+        schedule = self.check_steps(scheduler, given.get("num_inference_steps"))
+        given = {k: v for k, v in given.items() if k not in ("self", "num_inference_steps")}
+        if schedule.timesteps is None:
+            return (schedule.outer,), given
+        return (), {**given, "timesteps": list(schedule.timesteps)}
+
+    def check_steps(self, scheduler: Any, steps: Any) -> FeedbackSchedule:
+        """The schedule that stands for a number of steps.
+
+        Raises:
+            ValueError: there is none, or the scheduler cannot take it.
+        """
         schedules = self.module.schedules
         if steps not in schedules:
             raise ValueError(
                 f"num_inference_steps is {steps}; allowed with this feedback module: "
                 f"{', '.join(map(str, sorted(schedules))) or 'none: it has no schedule'}"
             )
-        self._check_scheduler(scheduler, schedules[steps])
         schedule = schedules[steps]
-        given = {k: v for k, v in given.items() if k not in ("self", "num_inference_steps")}
-        if schedule.timesteps is None:
-            return (schedule.outer,), given
-        if "timesteps" not in signature.parameters:
+        self._check_scheduler(scheduler, schedule)
+        parameters = inspect.signature(type(scheduler).set_timesteps).parameters
+        if schedule.timesteps is not None and "timesteps" not in parameters:
             raise ValueError(
                 f"the feedback module has timesteps of its own, which "
                 f"{type(scheduler).__name__}.set_timesteps does not take; allowed: for example "
                 f"DPMSolverMultistepScheduler"
             )
-        return (), {**given, "timesteps": list(schedule.timesteps)}
+        return schedule
 
     def _check_scheduler(self, scheduler: Any, schedule: FeedbackSchedule) -> None:
         config: Any = self.module.config

@@ -163,6 +163,20 @@ class FeedbackReport:
         return len(self.rows) * self.blocks + self.feedback_steps * again
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Where the loop is, and what the passes stand for."""
+        return {
+            "loop": list(self.loop), "passes": self.passes, "stands_for": self.stands_for,
+            "outer_steps": len(self.rows), "feedback_steps": self.feedback_steps,
+        }  # fmt: skip
+
+    @property
+    def computed_share(self) -> float:
+        """Blocks that ran over those stood for; 1 where that is not known."""
+        stood = self.blocks_stood_for
+        return self.blocks_run / stood if stood else 1.0
+
+    @property
     def blocks_stood_for(self) -> int | None:
         """Blocks of the steps that it stands for."""
         return None if self.stands_for is None else self.stands_for * self.blocks
