@@ -459,6 +459,8 @@ def test_ablations_have_a_table_of_their_own(capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert "+0.50 [-0.25, +1.00]" in shown
     assert "accelrt, 10 steps *" in shown
+    (row,) = [text for text in shown.splitlines() if text.startswith(" accelrt, 12 steps")]
+    assert row.split()[-2:] == ["40.0", "0.050"]  # not cut off
 
 
 def test_labels_do_not_overlap() -> None:
@@ -480,6 +482,7 @@ def test_labels_do_not_overlap() -> None:
 
 
 def test_the_front() -> None:
-    names = [one.name for one in picture.front(LINES)]
+    rounding = replace(LINES[0], name="stock again", seconds=3.1, psnr_db=46.004)
+    names = [one.name for one in picture.front([rounding, *LINES])]
     assert names == ["Taylor, 3rd", "accelrt, 10 steps", "ILF", "Taylor, 2nd", "slow cache",
                      "accelrt, 20 steps"]  # fmt: skip

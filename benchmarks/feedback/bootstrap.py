@@ -98,7 +98,8 @@ class Bootstrap:
         covariance = centred.mT @ centred / (sets.shape[1] - 1)
         # tr sqrt(R S) = tr sqrt(sqrt(R) S sqrt(R)), which is symmetric.
         product = self._root @ covariance @ self._root
-        cross = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum(dim=1)
+        cross: Tensor = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum(dim=1)
         gap = (mean - self._mean).square().sum(dim=1)
         own = covariance.diagonal(dim1=1, dim2=2).sum(dim=1)
-        return gap + own + self._trace - 2 * cross
+        distances: Tensor = gap + own + self._trace - 2 * cross
+        return distances

@@ -20,17 +20,21 @@ KINDS = {
     "caching": ("caching of blocks", "tab:purple", "o"),
     "rival": ("caches of others", "tab:orange", "o"),
 }
-FONT, MARK = 7.5, 6
+FONT, MARK, GAP = 7.5, 6, 1.5
+ROUNDING_DB = 0.01
 # Distances of a label from its point that are tried, in points of the page.
 REACH = (8, 14, 24, 38, 56, 80)
 DIRECTIONS = 12
 
 
 def front(lines: Sequence[Line]) -> list[Line]:
-    """Those that no other beats in both time and PSNR, fastest first."""
+    """Those that no other beats in both time and PSNR, fastest first.
+
+    A PSNR higher by ``ROUNDING_DB`` or less is none: exact rows differ by rounding.
+    """
     found: list[Line] = []
     for line in sorted(lines, key=lambda line: (line.seconds, -line.psnr_db)):
-        if not found or line.psnr_db > found[-1].psnr_db:
+        if not found or line.psnr_db > found[-1].psnr_db + ROUNDING_DB:
             found.append(line)
     return found
 
@@ -39,7 +43,7 @@ def plot(path: Path, title: str, lines: Sequence[Line]) -> None:
     """Draw the lines; those on the front, and feedback, have labels."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
     axis = figure.add_subplot()
     for kind, (label, colour, marker) in KINDS.items():
         chosen = sorted((x for x in lines if x.kind == kind), key=lambda line: line.seconds)
@@ -62,7 +66,7 @@ def plot(path: Path, title: str, lines: Sequence[Line]) -> None:
     points = [(x.seconds, x.psnr_db, size_of(x.kind)) for x in lines]
     points += _along([x for x in lines if x.kind == "exact"])
     place(axis, points, {name: (x.seconds, x.psnr_db) for name, x in named.items()})
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 def size_of(kind: str) -> float:
@@ -99,7 +103,8 @@ def place(
     from matplotlib.transforms import Bbox
 
     canvas = FigureCanvasAgg(axis.figure)
-    canvas.draw()  # the layout is known from here on
+    canvas.draw()
+    axis.figure.set_layout_engine("none")  # it stays as it is now
     renderer = canvas.get_renderer()
     pixel = axis.figure.dpi / 72
     taken = []
@@ -127,7 +132,7 @@ def place(
             )
             text.set_in_layout(False)
             text.update_positions(renderer)
-            box = Text.get_window_extent(text, renderer)  # without its leader line
+            box = Text.get_window_extent(text, renderer).padded(GAP * pixel)  # no leader line
             inside = whole.x0 < box.x0 and box.x1 < whole.x1 and whole.y0 < box.y0
             if inside and box.y1 < whole.y1 and not any(box.overlaps(other) for other in taken):
                 taken.append(box)

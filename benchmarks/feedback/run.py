@@ -86,11 +86,12 @@ def table_of(
     pipe = contenders.pipeline(model)
     task = tasks.make(model, samples, batch, seed)
     size = task.batches[0].size
-    folder = tasks.REFERENCE / model / "feedback" if module is None else module
-    if isinstance(folder, FeedbackModule):
-        own, folder = folder, None
+    folder: Path | None = None
+    if isinstance(module, FeedbackModule):
+        own = module
         modules.check_module(own, pipe, steps, contenders.ILF)
     else:
+        folder = Path(tasks.REFERENCE / model / "feedback" if module is None else module)
         own = modules.load_module(folder, pipe, steps)
     others = {} if ablations is None else modules.load_ablations(ablations, pipe, steps)
     ilf = contenders.fed(contenders.ILF, own, steps)

@@ -26,8 +26,8 @@ ABLATION_HEAD = (
     "module", "b", "L", "passes", "enters", "scales", "time of 2nd pass", "ahead", "objective",
     "outer steps", "blocks", "vs accelrt", "PSNR", "latent error", "Frechet", "to base",
 )  # fmt: skip
-# Narrower, the terminal's table folds into pieces.
-LEAST_WIDTH = 170
+# Title, head and rows.
+Part = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,17 @@ class Table:
             values = dataclasses.asdict(line)
             values["verdict"] = None if found is None else dataclasses.asdict(found)
             rows.append(values)
-        return _finite(
-            {
-                "model": self.model,
-                "settings": self.settings,
-                "machine": self.machine,
-                "rows": rows,
-                "modules": [dataclasses.asdict(made) for made in self.made],
-                "equal_time": dataclasses.asdict(self.equal_time),
-                "tried": self.tried,
-                "left_out": self.left_out,
-            }
-        )
+        values = {
+            "model": self.model,
+            "settings": self.settings,
+            "machine": self.machine,
+            "rows": rows,
+            "modules": [dataclasses.asdict(made) for made in self.made],
+            "equal_time": dataclasses.asdict(self.equal_time),
+            "tried": self.tried,
+            "left_out": self.left_out,
+        }
+        return {key: _finite(value) for key, value in values.items()}
 
     def cells(self, line: Line) -> list[str]:
         """Of a row under ``HEAD``."""
@@ -158,15 +157,22 @@ class Table:
     def show(self, console: Console | None = None) -> None:
         """Print the tables."""
         console = console or Console()
-        if console.width < LEAST_WIDTH and not console.is_terminal:
-            console = Console(file=console.file, width=LEAST_WIDTH)
-        whole = console.width >= LEAST_WIDTH
-        console.print(_rich(self.model, HEAD, [self.cells(line) for line in self.rows], whole))
-        for note in self.notes():
-            console.print(note.replace("\\", ""), markup=False)
+        parts: list[Part] = [(self.model, HEAD, [self.cells(line) for line in self.rows])]
         ablations = self.ablation_cells()
         if ablations:
-            console.print(_rich("modules", ABLATION_HEAD, ablations, whole))
+            parts.append(("modules", ABLATION_HEAD, ablations))
+        tables = [_rich(*part, whole=True) for part in parts]
+        unlimited = Console(width=10_000)
+        needed = max(unlimited.measure(table).maximum for table in tables)
+        if not console.is_terminal:
+            console = Console(file=console.file, width=max(needed, console.width))
+        elif console.width < needed:
+            tables = [_rich(*part, whole=False) for part in parts]
+        console.print(tables[0])
+        for note in self.notes():
+            console.print(note.replace("\\", ""), markup=False)
+        for table in tables[1:]:
+            console.print(table)
 
 
 def write(folder: Path, table: Table) -> list[Path]:
