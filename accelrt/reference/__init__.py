@@ -9,12 +9,25 @@ them for float64 tensors, for which there are no kernels.
 from .activations import geglu, gelu, gelu_tanh, silu
 from .attention import temporal_attention
 from .blend import residual_blend
+from .block import (
+    AttentionWeights,
+    BlockWeights,
+    FeedForwardWeights,
+    LinearWeights,
+    NormWeights,
+    transformer_block,
+)
 from .group_norm import group_norm_apply, group_norm_merge, group_norm_stats
 from .layer_norm import gate_residual_layer_norm_modulate, layer_norm_modulate
 from .steps import feature_delta, guided_step
 from .weighted_sum import weighted_sum
 
 __all__ = [
+    "AttentionWeights",
+    "BlockWeights",
+    "FeedForwardWeights",
+    "LinearWeights",
+    "NormWeights",
     "feature_delta",
     "gate_residual_layer_norm_modulate",
     "geglu",
@@ -28,5 +41,6 @@ __all__ = [
     "residual_blend",
     "silu",
     "temporal_attention",
+    "transformer_block",
     "weighted_sum",
 ]
