@@ -132,7 +132,7 @@ def _attention(
         k, v = _linear(source, w.k, acc), _linear(source, w.v, acc)
 
     def heads(t: Tensor) -> Tensor:  # [B, S, H * D] -> [B, H, S, D]
-        return t.unflatten(2, (w.heads, -1)).transpose(1, 2)
+        return t.reshape(*t.shape[:2], w.heads, -1).transpose(1, 2)
 
     q, k, v = heads(q), heads(k), heads(v)
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if w.scale is None else w.scale)
