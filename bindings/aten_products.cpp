@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "accelrt/cpu_isa.h"
 #include "kernels/activation/activation.h"
 #include "kernels/residual_blend/residual_blend.h"
 
@@ -57,16 +58,16 @@ void AtenProducts::plain_linear(const TensorView& x, const TensorView& weight,
 void AtenProducts::linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
                           const Epilogue& epilogue, const TensorView& out, Stream stream) {
   switch (epilogue.kind) {
-    case EpilogueKind::kNone: plain_linear(x, weight, bias, out); return;
-    case EpilogueKind::kGELU:
-    case EpilogueKind::kGELUTanh:
+    case LinearEpilogue::kNone: plain_linear(x, weight, bias, out); return;
+    case LinearEpilogue::kGELU:
+    case LinearEpilogue::kGELUTanh:
       plain_linear(x, weight, bias, out);
-      accelrt::activation(
-          out, std::nullopt,
-          epilogue.kind == EpilogueKind::kGELU ? ActivationKind::kGELU : ActivationKind::kGELUTanh,
-          out, stream);
+      accelrt::activation(out, std::nullopt,
+                          epilogue.kind == LinearEpilogue::kGELU ? ActivationKind::kGELU
+                                                                 : ActivationKind::kGELUTanh,
+                          out, stream);
       return;
-    case EpilogueKind::kGatedResidual: break;
+    case LinearEpilogue::kGatedResidual: break;
   }
   // Not addcmul: the stable ABI cannot pass its Scalar.
   const TensorView& y = epilogue.scratch;
@@ -105,6 +106,18 @@ void AtenProducts::attention(const TensorView& q, const TensorView& k, const Ten
        from(0.0), from(false), from(std::optional<double>(scale)), from(false)}));
   Tensor target = heads_first(out);
   torch::stable::copy_(target, mixed);
+}
+
+void FastestProducts::linear(const TensorView& x, const TensorView& weight,
+                             const OptionalView& bias, const Epilogue& epilogue,
+                             const TensorView& out, Stream stream) {
+  const bool ours =
+      x.device == Device::kCPU && x.dtype == DType::kBFloat16 && active_isa() == Isa::kAVX512BF16;
+  if (!ours) {
+    AtenProducts::linear(x, weight, bias, epilogue, out, stream);
+    return;
+  }
+  accelrt::linear(x, weight, bias, epilogue.kind, epilogue.gate, epilogue.rows_per_sample, out);
 }
 
 }  // namespace accelrt::bindings

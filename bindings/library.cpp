@@ -23,6 +23,9 @@ STABLE_TORCH_LIBRARY(accelrt, m) {
       "temporal_attention(Tensor q, Tensor k, Tensor v, int num_heads, float scale, "
       "Tensor(a!) out) -> ()");
   m.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias, int epilogue, Tensor? gate, "
+      "int rows_per_sample, Tensor(a!) out) -> ()");
+  m.def(
       "transformer_block(Tensor(a!) stream, Tensor modulation, Tensor? norm1_weight, "
       "Tensor? norm1_bias, float norm1_eps, Tensor? norm2_weight, Tensor? norm2_bias, "
       "float norm2_eps, Tensor q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, "

@@ -69,7 +69,7 @@ void transformer_block_op(
   check_same_type("transformer_block", "workspace", memory, p.stream);
   p.workspace = memory.data;
   p.workspace_bytes = memory.numel() * size_of(memory.dtype);
-  AtenProducts products(stream);
+  FastestProducts products(stream);
   transformer_block(p, products, scope.stream());
 }
 

@@ -43,7 +43,7 @@ def sim_dir() -> Path:
     return build
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512"])
+@pytest.fixture(params=["generic", "avx2", "avx512", "avx512bf16"])
 def isa(request: pytest.FixtureRequest):
     """Every CPU instruction set of the build that this processor has, forced in turn."""
     if request.param not in _C.build_info()["cpu_isas"]:

@@ -4,14 +4,13 @@
 #pragma once
 
 #include "accelrt/tensor_view.h"
+#include "kernels/linear/linear.h"
 
 namespace accelrt {
 
-enum class EpilogueKind : int { kNone = 0, kGELU = 1, kGELUTanh = 2, kGatedResidual = 3 };
-
 // What happens to y = x weight^T + bias before it is rounded to out.
 struct Epilogue {
-  EpilogueKind kind = EpilogueKind::kNone;
+  LinearEpilogue kind = LinearEpilogue::kNone;
   // Of kGatedResidual: out += gate * y. gate: [B, N], null: ones; one row for every
   // `rows_per_sample` rows of out.
   OptionalView gate;

@@ -271,7 +271,7 @@ class Forward {
       return;
     }
     Epilogue epilogue;
-    epilogue.kind = EpilogueKind::kGatedResidual;
+    epilogue.kind = LinearEpilogue::kGatedResidual;
     epilogue.gate = mod(2);
     epilogue.rows_per_sample = shape_.length;
     epilogue.scratch = part(0, shape_.width);
@@ -320,8 +320,8 @@ class Forward {
       const int64_t count = std::min(step, limit - begin);
       TensorView hidden = at(layout_.hidden, count, shape_.hidden);
       Epilogue activate;
-      if (ff.activation == HiddenActivation::kGELU) activate.kind = EpilogueKind::kGELU;
-      if (ff.activation == HiddenActivation::kGELUTanh) activate.kind = EpilogueKind::kGELUTanh;
+      if (ff.activation == HiddenActivation::kGELU) activate.kind = LinearEpilogue::kGELU;
+      if (ff.activation == HiddenActivation::kGELUTanh) activate.kind = LinearEpilogue::kGELUTanh;
       linear(narrowed(x, 0, begin, count), ff.in, hidden, activate);
       if (ff.activation == HiddenActivation::kGEGLU) {
         const TensorView values = narrowed(hidden, 1, 0, shape_.hidden / 2);
@@ -329,7 +329,7 @@ class Forward {
         hidden = values;
       }
       Epilogue add;
-      add.kind = EpilogueKind::kGatedResidual;
+      add.kind = LinearEpilogue::kGatedResidual;
       add.gate = narrowed(mod(5), 0, sample, (count + shape_.length - 1) / shape_.length);
       add.rows_per_sample = std::min(shape_.length, whole_samples ? shape_.length : count);
       add.scratch = at(layout_.hidden_y, count, shape_.width);

@@ -11,14 +11,15 @@ namespace {
 std::atomic<int> g_isa{-1};
 
 Isa parse(const std::string& name) {
-  for (const Isa isa : {Isa::kGeneric, Isa::kAVX2, Isa::kAVX512}) {
+  for (const Isa isa : {Isa::kGeneric, Isa::kAVX2, Isa::kAVX512, Isa::kAVX512BF16}) {
     if (name == name_of(isa)) {
       ACCELRT_CHECK(isa <= best_isa(), "ACCELRT_CPU_ISA=", name,
                     ": this processor or build has at most ", name_of(best_isa()));
       return isa;
     }
   }
-  ACCELRT_CHECK(false, "ACCELRT_CPU_ISA is '", name, "'; allowed: generic, avx2, avx512");
+  ACCELRT_CHECK(false, "ACCELRT_CPU_ISA is '", name,
+                "'; allowed: generic, avx2, avx512, avx512bf16");
 }
 
 }  // namespace
@@ -28,6 +29,7 @@ const char* name_of(Isa isa) {
     case Isa::kGeneric: return "generic";
     case Isa::kAVX2: return "avx2";
     case Isa::kAVX512: return "avx512";
+    case Isa::kAVX512BF16: return "avx512bf16";
   }
   return "unknown";
 }
@@ -37,7 +39,7 @@ Isa best_isa() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return Isa::kAVX512;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::kAVX512BF16 : Isa::kAVX512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAVX2;
 #endif
