@@ -8,6 +8,7 @@
 
 #include "accelrt/cpu_isa.h"
 #include "kernels/activation/activation.h"
+#include "kernels/attention/attention.h"
 #include "kernels/residual_blend/residual_blend.h"
 
 // Since torch 2.13: what went wrong in the last call. Weak, so that this object loads under 2.11.
@@ -118,6 +119,18 @@ void FastestProducts::linear(const TensorView& x, const TensorView& weight,
     return;
   }
   accelrt::linear(x, weight, bias, epilogue.kind, epilogue.gate, epilogue.rows_per_sample, out);
+}
+
+void FastestProducts::attention(const TensorView& q, const TensorView& k, const TensorView& v,
+                                const OptionalView& bias, double scale, const TensorView& out,
+                                Stream stream) {
+  const bool vectors = q.dtype == DType::kBFloat16 ? active_isa() >= Isa::kAVX512BF16
+                                                   : active_isa() >= Isa::kAVX512;
+  if (q.device == Device::kCPU && vectors && q.size[3] <= kMaxAttentionDim) {
+    accelrt::attention(q, k, v, bias, scale, out, stream);
+  } else {
+    AtenProducts::attention(q, k, v, bias, scale, out, stream);
+  }
 }
 
 }  // namespace accelrt::bindings

@@ -28,14 +28,17 @@ class AtenProducts : public Products {
   torch::headeronly::ScalarType dtype_;
 };
 
-// On the CPU our kernels where they are ahead of torch's, which is at bfloat16 with AVX512-BF16;
-// torch's operators otherwise.
+// On the CPU our kernels where they are ahead of torch's: attention with AVX-512, products of
+// bfloat16 with AVX512-BF16; torch's operators otherwise.
 class FastestProducts : public AtenProducts {
  public:
   explicit FastestProducts(const Tensor& like) : AtenProducts(like) {}
 
   void linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
               const Epilogue& epilogue, const TensorView& out, Stream stream) override;
+  void attention(const TensorView& q, const TensorView& k, const TensorView& v,
+                 const OptionalView& bias, double scale, const TensorView& out,
+                 Stream stream) override;
 };
 
 }  // namespace accelrt::bindings

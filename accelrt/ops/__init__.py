@@ -10,7 +10,7 @@ and the offending value before anything is written. None has a gradient.
 """
 
 from .activations import geglu, gelu, gelu_tanh, silu
-from .attention import temporal_attention
+from .attention import attention, temporal_attention
 from .blend import residual_blend
 from .block import (
     AttentionWeights,
@@ -32,6 +32,7 @@ __all__ = [
     "FeedForwardWeights",
     "LinearWeights",
     "NormWeights",
+    "attention",
     "feature_delta",
     "gate_residual_layer_norm_modulate",
     "geglu",

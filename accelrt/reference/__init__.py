@@ -7,7 +7,7 @@ them for float64 tensors, for which there are no kernels.
 """
 
 from .activations import geglu, gelu, gelu_tanh, silu
-from .attention import temporal_attention
+from .attention import attention, temporal_attention
 from .blend import residual_blend
 from .block import (
     AttentionWeights,
@@ -28,6 +28,7 @@ __all__ = [
     "FeedForwardWeights",
     "LinearWeights",
     "NormWeights",
+    "attention",
     "feature_delta",
     "gate_residual_layer_norm_modulate",
     "geglu",

@@ -1,4 +1,4 @@
-"""Reference of the temporal attention operator."""
+"""References of the attention operators."""
 
 from __future__ import annotations
 
@@ -6,6 +6,28 @@ import torch
 from torch import Tensor
 
 from ._common import accumulation_dtype, store
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention over tokens; see :func:`accelrt.ops.attention`."""
+    acc = accumulation_dtype(q)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    query, key, value = (t.to(acc).transpose(1, 2) for t in (q, k, v))  # [B, H, tokens, D]
+    scores = query @ key.transpose(-1, -2) * scale
+    if bias is not None:
+        scores = scores + bias.to(acc)
+    weights = torch.softmax(scores, dim=-1)
+    # A row without keys has no weights.
+    weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, weights)
+    return store((weights @ value).transpose(1, 2), q, out)
 
 
 def temporal_attention(

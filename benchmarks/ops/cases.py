@@ -190,6 +190,41 @@ def activation(name: str, rows: int, width: int) -> Callable[..., Inputs]:
     return make
 
 
+def attention(
+    batch: int, queries: int, keys: int, heads: int, dim: int, masked: bool = False
+) -> Callable[..., Inputs]:
+    """Tokens attend to tokens, from one fused projection, or to a context."""
+
+    def make(dtype: torch.dtype, device: str) -> Inputs:
+        def tokens(*shape: int) -> Tensor:
+            return torch.randn(batch, *shape, heads, dim, device=device).to(dtype)
+
+        q, k, v = (
+            tokens(queries, 3).unbind(2)
+            if keys == queries
+            else (tokens(queries), tokens(keys), tokens(keys))
+        )
+        bias = torch.zeros(batch, 1, 1, keys, device=device, dtype=dtype) if masked else None
+        out = torch.empty(q.shape, device=device, dtype=dtype)
+
+        def eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+            y = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias
+            )
+            return y.transpose(1, 2)
+
+        return _bind(
+            eager,
+            (q, k, v, bias),
+            lambda: ops.attention(q, k, v, bias=bias, out=out),
+            lambda: ops.attention(q, k, v, bias=bias),
+            _nbytes(q, k, v, out),
+            4 * batch * heads * queries * keys * dim,
+        )
+
+    return make
+
+
 def temporal_attention(
     batch: int, frames: int, pixels: int, heads: int, dim: int
 ) -> Callable[..., Inputs]:
@@ -339,6 +374,13 @@ CASES = [
     Case("gelu_tanh", "PixArt 8192x4608", "memory", activation("gelu_tanh", 8192, 4608)),
     Case("gelu", "8192x4608", "memory", activation("gelu", 8192, 4608)),
     Case("silu", "8192x1280", "memory", activation("silu", 8192, 1280)),
+    Case("attention", "DiT 2x256, 16x72", "compute", attention(2, 256, 256, 16, 72)),
+    Case("attention", "PixArt 512 2x1024, 16x72", "compute", attention(2, 1024, 1024, 16, 72)),
+    Case("attention", "PixArt 1024 1x4096, 16x72", "compute", attention(1, 4096, 4096, 16, 72)),
+    Case("attention", "PixArt 1024 2x4096 to 120, 16x72", "compute",
+         attention(2, 4096, 120, 16, 72, masked=True)),
+    Case("attention", "AnimateDiff 8x1024, 8x40", "compute", attention(8, 1024, 1024, 8, 40)),
+    Case("attention", "AnimateDiff 1x4096, 8x40", "compute", attention(1, 4096, 4096, 8, 40)),
     Case("temporal_attention", "AnimateDiff 2x16x4096, 8x40", "memory",
          temporal_attention(2, 16, 4096, 8, 40)),
     Case("temporal_attention", "AnimateDiff 2x16x256, 8x160", "memory",

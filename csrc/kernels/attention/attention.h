@@ -1,0 +1,50 @@
+// Softmax attention by stride, without a matrix of scores.
+// q, out: [B, S, H, D]; k, v: [B, L, H, D]; bias, added to the scaled scores: [B or 1, H or 1,
+// S or 1, L]. The last stride is 1, the others are free. D <= 256, L >= 1. out may be q.
+// A row whose bias is -inf throughout gives zeros. There are kernels for the CPU alone: on a GPU
+// the library's flash attention has nothing left to fuse, so the bindings call that.
+#pragma once
+
+#include "accelrt/cpu_isa.h"
+#include "accelrt/tensor_view.h"
+
+namespace accelrt {
+
+constexpr int kMaxAttentionDim = 256;
+
+// Strides of a [batch, tokens, heads, channels] tensor, in elements.
+struct TokenStrides {
+  int64_t batch = 0;
+  int64_t token = 0;
+  int64_t head = 0;
+};
+
+struct AttentionParams {
+  const void* q = nullptr;
+  const void* k = nullptr;
+  const void* v = nullptr;
+  const void* bias = nullptr;
+  void* out = nullptr;
+  TokenStrides q_stride;
+  TokenStrides k_stride;
+  TokenStrides v_stride;
+  TokenStrides bias_stride;  // of batches, queries and heads; 0 where they share it
+  TokenStrides out_stride;
+  int64_t batch = 0;
+  int64_t heads = 0;
+  int64_t queries = 0;
+  int64_t keys = 0;
+  int head_dim = 0;
+  double scale = 1.0;
+  DType dtype = DType::kFloat32;
+};
+
+// The scratch of a thread is allocated within and is below 640 KiB whatever the sizes.
+void attention(const TensorView& q, const TensorView& k, const TensorView& v,
+               const OptionalView& bias, double scale, const TensorView& out,
+               Stream stream = nullptr);
+
+ACCELRT_DECLARE_CPU(attention_cpu, AttentionParams)
+ACCELRT_DECLARE_CPU_BF16(attention_cpu, AttentionParams)
+
+}  // namespace accelrt
