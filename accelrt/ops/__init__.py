@@ -23,6 +23,7 @@ from .block import (
 )
 from .group_norm import group_norm_apply, group_norm_merge, group_norm_stats
 from .layer_norm import gate_residual_layer_norm_modulate, layer_norm_modulate
+from .linear import linear
 from .steps import feature_delta, guided_step
 from .weighted_sum import weighted_sum
 
@@ -43,6 +44,7 @@ __all__ = [
     "group_norm_stats",
     "guided_step",
     "layer_norm_modulate",
+    "linear",
     "residual_blend",
     "silu",
     "temporal_attention",

@@ -38,7 +38,8 @@ def block_seconds(arguments: dict[str, Any], rates: Machine) -> float:
     # The first norm reads the stream and writes; the second also reads and writes the sum.
     size = stream.numel() * stream.element_size()
     hidden = tokens * arguments["ff_in_weight"].shape[0] * stream.element_size()
-    return seconds + 6 * size / rates.norm_bandwidth + (2 * hidden + 3 * size) / rates.bandwidth
+    rest = 6 * size / rates.norm_bandwidth + (2 * hidden + 3 * size) / rates.bandwidth
+    return float(seconds + rest)
 
 
 def _product(weight: Tensor | None, rows: int, rows_at_once: int, rates: Machine) -> float:
