@@ -232,6 +232,12 @@ void multiply_rows(const LinearParams& p, int64_t first, int64_t begin, int64_t 
   }
 }
 
+// A line of the cache, in which every vector of a panel begins.
+constexpr int64_t kLine = 16;
+struct alignas(64) Line {
+  float values[kLine];
+};
+
 template <typename T>
 void run(const LinearParams& p) {
   const int64_t units = units_of<T>(p.depth);
@@ -246,10 +252,9 @@ void run(const LinearParams& p) {
                [&](int64_t begin, int64_t end) {
                  const int64_t panel_size = units * kColumns;
                  const int64_t rows_size = kRows * (units + kLanes);
-                 const std::unique_ptr<float[]> memory(new float[panel_size + rows_size + kLanes]);
-                 // A vector of the panel lies in one line of the cache.
-                 auto address = reinterpret_cast<uintptr_t>(memory.get());
-                 float* panel = memory.get() + (64 - address % 64) % 64 / 4;
+                 const int64_t lines = (panel_size + rows_size + kLine - 1) / kLine;
+                 const std::unique_ptr<Line[]> memory(new Line[static_cast<size_t>(lines)]);
+                 float* panel = memory[0].values;
                  int64_t packed = -1;
                  for (int64_t i = begin; i < end; ++i) {
                    const int64_t first = i % panels * kColumns;
