@@ -28,8 +28,7 @@ class AtenProducts : public Products {
   torch::headeronly::ScalarType dtype_;
 };
 
-// On the CPU our kernels where they are ahead of torch's: attention with AVX-512, products of
-// bfloat16 with AVX512-BF16; torch's operators otherwise.
+// On the CPU our kernels where they are ahead of torch's; torch's operators otherwise.
 class FastestProducts : public AtenProducts {
  public:
   explicit FastestProducts(const Tensor& like) : AtenProducts(like) {}

@@ -18,6 +18,8 @@ void attention_op(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
 // cuDNN and memory-efficient ones and takes the views as they are. Its result is copied to out.
 void attention_cuda_op(const Tensor& q, const Tensor& k, const Tensor& v,
                        const OptionalTensor& bias, double scale, const Tensor& out) {
+  check_attention(view_of(q), view_of(k), view_of(v), view_of(bias), view_of(out));
+  if (q.numel() == 0) return;
   const DeviceScope scope(q);
   const auto heads_first = [](const Tensor& t) { return torch::stable::transpose(t, 1, 2); };
   using torch::stable::detail::from;

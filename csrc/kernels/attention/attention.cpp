@@ -32,9 +32,8 @@ void check_bias(const TensorView& bias, const TensorView& q, const TensorView& k
 
 }  // namespace
 
-void attention(const TensorView& q, const TensorView& k, const TensorView& v,
-               const OptionalView& bias, double scale, const TensorView& out, Stream) {
-  ACCELRT_CHECK(q.device == Device::kCPU, kOp, ": the core has no CUDA kernel");
+void check_attention(const TensorView& q, const TensorView& k, const TensorView& v,
+                     const OptionalView& bias, const TensorView& out) {
   ACCELRT_CHECK(q.ndim == 4, kOp, ": q has ", q.ndim, " dimensions, expected 4");
   ACCELRT_CHECK(q.size[3] >= 1 && q.size[3] <= kMaxAttentionDim, kOp, ": head dim ", q.size[3],
                 " is not within 1 and ", kMaxAttentionDim);
@@ -47,8 +46,15 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v,
   check_same_type(kOp, "out", out, q);
   check_same_shape(kOp, "out", out, q);
   check_unit_stride(kOp, "out", out);
+  ACCELRT_CHECK(q.numel() == 0 || (out.data != k.data && out.data != v.data), kOp,
+                ": out overlaps k or v");
+}
+
+void attention(const TensorView& q, const TensorView& k, const TensorView& v,
+               const OptionalView& bias, double scale, const TensorView& out, Stream) {
+  ACCELRT_CHECK(q.device == Device::kCPU, kOp, ": the core has no CUDA kernel");
+  check_attention(q, k, v, bias, out);
   if (q.numel() == 0) return;
-  ACCELRT_CHECK(out.data != k.data && out.data != v.data, kOp, ": out is k or v");
 
   AttentionParams params;
   params.q = q.data;

@@ -39,7 +39,11 @@ struct AttentionParams {
   DType dtype = DType::kFloat32;
 };
 
-// The scratch of a thread is allocated within and is below 640 KiB whatever the sizes.
+// Throws unless the tensors are as above.
+void check_attention(const TensorView& q, const TensorView& k, const TensorView& v,
+                     const OptionalView& bias, const TensorView& out);
+
+// The scratch of a thread is allocated within and is below 512 KiB whatever the sizes.
 void attention(const TensorView& q, const TensorView& k, const TensorView& v,
                const OptionalView& bias, double scale, const TensorView& out,
                Stream stream = nullptr);
