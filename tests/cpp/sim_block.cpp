@@ -19,7 +19,7 @@ AttentionWeights attention_of(const Arguments& a, const std::string& prefix) {
   w.k = linear_of(a, prefix + "k");
   w.v = linear_of(a, prefix + "v");
   w.out = linear_of(a, prefix + "out");
-  w.heads = static_cast<int64_t>(a.number("heads"));
+  w.heads = a.integer("heads");
   w.scale = a.number("scale");
   w.mask = a.optional(prefix + "mask");
   return w;
@@ -33,9 +33,8 @@ const Register kBlock("transformer_block", [](const Arguments& a) {
   if (a.optional("context")) p.cross = {attention_of(a, "cross_"), a.optional("context"), {}, {}};
   p.feed_forward.in = linear_of(a, "ff_in");
   p.feed_forward.out = linear_of(a, "ff_out");
-  p.feed_forward.activation =
-      static_cast<HiddenActivation>(static_cast<int>(a.number("activation")));
-  p.feed_forward.rows = static_cast<int64_t>(a.number("ff_rows"));
+  p.feed_forward.activation = static_cast<HiddenActivation>(a.integer("activation"));
+  p.feed_forward.rows = a.integer("ff_rows");
   p.workspace_bytes = workspace_bytes(p);
   // Of exactly this size, so that the sanitizer sees a step beyond it.
   const std::unique_ptr<void, void (*)(void*)> memory(

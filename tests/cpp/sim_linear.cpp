@@ -6,8 +6,8 @@ namespace {
 
 const Register kLinear("linear", [](const Arguments& a) {
   linear(a.tensor("x"), a.tensor("weight"), a.optional("bias"),
-         static_cast<LinearEpilogue>(static_cast<int>(a.number("epilogue"))), a.optional("gate"),
-         static_cast<int64_t>(a.number("rows_per_sample")), a.tensor("out"));
+         static_cast<LinearEpilogue>(a.integer("epilogue")), a.optional("gate"),
+         a.integer("rows_per_sample"), a.tensor("out"));
 });
 
 }  // namespace
