@@ -22,6 +22,20 @@ STABLE_TORCH_LIBRARY(accelrt, m) {
   m.def(
       "temporal_attention(Tensor q, Tensor k, Tensor v, int num_heads, float scale, "
       "Tensor(a!) out) -> ()");
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias, int epilogue, Tensor? gate, "
+      "int rows_per_sample, Tensor(a!) out) -> ()");
+  m.def(
+      "transformer_block(Tensor(a!) stream, Tensor modulation, Tensor? norm1_weight, "
+      "Tensor? norm1_bias, float norm1_eps, Tensor? norm2_weight, Tensor? norm2_bias, "
+      "float norm2_eps, Tensor q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, "
+      "Tensor? v_weight, Tensor? v_bias, Tensor out_weight, Tensor? out_bias, int heads, "
+      "float scale, Tensor? mask, Tensor? cross_q_weight, Tensor? cross_q_bias, "
+      "Tensor? cross_k_weight, Tensor? cross_k_bias, Tensor? cross_v_weight, "
+      "Tensor? cross_v_bias, Tensor? cross_out_weight, Tensor? cross_out_bias, int cross_heads, "
+      "float cross_scale, Tensor? cross_mask, Tensor? context, Tensor? keys, Tensor? values, "
+      "Tensor ff_in_weight, Tensor? ff_in_bias, Tensor ff_out_weight, Tensor? ff_out_bias, "
+      "int activation, int ff_rows, Tensor(b!) workspace) -> ()");
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, Tensor(a!) out) -> ()");
   m.def("residual_blend(Tensor x, Tensor y, Tensor? alpha, float scale, Tensor(a!) out) -> ()");
   m.def(

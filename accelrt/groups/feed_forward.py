@@ -75,14 +75,17 @@ class FeedForwardRunner:
             return lambda x: run(first.proj(x))
         return first  # type: ignore[no-any-return]
 
+    def rows_of(self, x: Tensor) -> int:
+        """Tokens of ``[B, S, D]`` that pass at once."""
+        batch, length, channels = x.shape
+        size = max(self.width, channels) * x.element_size()
+        self.rows = slice_length(batch * length, self.config.ff_rows, size, self.config, x.device)
+        return self.rows
+
     def _pieces(self, x: Tensor) -> Iterator[tuple[slice, slice]]:
         """Slices of samples and of tokens whose rows are contiguous in memory."""
-        batch, length, channels = x.shape
-        width = max(self.width, channels)
-        rows = slice_length(
-            batch * length, self.config.ff_rows, width * x.element_size(), self.config, x.device
-        )
-        self.rows = rows
+        batch, length, _ = x.shape
+        rows = self.rows_of(x)
         if rows >= length:
             step = rows // length
             for start in starts(batch, step, x):

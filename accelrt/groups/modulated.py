@@ -15,6 +15,7 @@ from accelrt.config import Config
 from .attention import attention_reason
 from .banded_attention import BandedAttention, band_length
 from .base import Group
+from .block_call import BlockCall
 from .feed_forward import FeedForwardRunner, activation_remark, feed_forward_reason
 from .independence import mixes
 from .recognise import plain_norm
@@ -134,9 +135,15 @@ class ModulatedBlockGroup(Group):
         exceeds = n == 1 and band_length(stream, self.config) < length
         if exceeds and self._by_tokens(attentions, feed_forward):
             banded = BandedAttention(attentions[0], stream, self.config)
+        whole = None
+        if banded is None and self.config.fuse:
+            norms = [norm for _, norm in self.norms()]
+            whole = BlockCall.of(norms, attentions, feed_forward, stream)
         for start in starts(batch, n, stream):
             part = slice(start, start + n)
-            if banded is None:
+            if whole is not None:
+                whole(stream[part], modulation[part], part)
+            elif banded is None:
                 self._samples(stream[part], modulation[part], part, attentions, feed_forward)
             else:
                 self._bands(stream[part], modulation[part], part, banded, attentions, feed_forward)

@@ -15,6 +15,7 @@ from accelrt.groups.slicing import Probe, probing
 from accelrt.memory.arena import Arena, alignment_of
 from accelrt.memory.tracker import PeakTracker
 
+from .block_cost import block_seconds
 from .cost import Machine, attention_seconds, seconds_of
 
 #: How finely the memory of a model without groups is drawn.
@@ -204,7 +205,12 @@ class _Recorder(PeakTracker):  # type: ignore[no-untyped-call]
         result = super().__torch_dispatch__(func, types, args, kwargs)
         values = (*args, *(kwargs or {}).values())
         name = func._schema.name.partition("::")[2]
-        self.seconds += self.probe.repeats * seconds_of(name, values, result, self.rates)
+        if name == "transformer_block":
+            names = (argument.name for argument in func._schema.arguments)
+            seconds = block_seconds(dict(zip(names, args, strict=False)), self.rates)
+        else:
+            seconds = seconds_of(name, values, result, self.rates)
+        self.seconds += self.probe.repeats * seconds
         if name != "empty":  # the arena learns of its buffer after the operator that makes it
             self.own_peak = max(self.own_peak, self._own())
             if self._current is not None:

@@ -9,12 +9,26 @@ them for float64 tensors, for which there are no kernels.
 from .activations import geglu, gelu, gelu_tanh, silu
 from .attention import attention, temporal_attention
 from .blend import residual_blend
+from .block import (
+    AttentionWeights,
+    BlockWeights,
+    FeedForwardWeights,
+    LinearWeights,
+    NormWeights,
+    transformer_block,
+)
 from .group_norm import group_norm_apply, group_norm_merge, group_norm_stats
 from .layer_norm import gate_residual_layer_norm_modulate, layer_norm_modulate
+from .linear import linear
 from .steps import feature_delta, guided_step
 from .weighted_sum import weighted_sum
 
 __all__ = [
+    "AttentionWeights",
+    "BlockWeights",
+    "FeedForwardWeights",
+    "LinearWeights",
+    "NormWeights",
     "attention",
     "feature_delta",
     "gate_residual_layer_norm_modulate",
@@ -26,8 +40,10 @@ __all__ = [
     "group_norm_stats",
     "guided_step",
     "layer_norm_modulate",
+    "linear",
     "residual_blend",
     "silu",
     "temporal_attention",
+    "transformer_block",
     "weighted_sum",
 ]

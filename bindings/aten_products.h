@@ -1,0 +1,43 @@
+// Products and attention by torch's own operators: cuBLASLt and its flash kernels on CUDA, oneDNN
+// on the CPU.
+#pragma once
+
+#include "blocks/products.h"
+#include "tensor_args.h"
+
+namespace accelrt::bindings {
+
+class AtenProducts : public Products {
+ public:
+  // like: on the device of everything that will come.
+  explicit AtenProducts(const Tensor& like) : device_(like.device()), dtype_(like.scalar_type()) {}
+
+  void linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
+              const Epilogue& epilogue, const TensorView& out, Stream stream) override;
+  void attention(const TensorView& q, const TensorView& k, const TensorView& v,
+                 const OptionalView& bias, double scale, const TensorView& out,
+                 Stream stream) override;
+
+ private:
+  Tensor tensor_of(const TensorView& view) const;
+  OptionalTensor tensor_of(const OptionalView& view) const;
+  void plain_linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
+                    const TensorView& out) const;
+
+  torch::stable::Device device_;
+  torch::headeronly::ScalarType dtype_;
+};
+
+// On the CPU our kernels where they are ahead of torch's; torch's operators otherwise.
+class FastestProducts : public AtenProducts {
+ public:
+  explicit FastestProducts(const Tensor& like) : AtenProducts(like) {}
+
+  void linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
+              const Epilogue& epilogue, const TensorView& out, Stream stream) override;
+  void attention(const TensorView& q, const TensorView& k, const TensorView& v,
+                 const OptionalView& bias, double scale, const TensorView& out,
+                 Stream stream) override;
+};
+
+}  // namespace accelrt::bindings

@@ -1,0 +1,47 @@
+// out = epilogue(x weight^T + bias), a product of rows with a weight matrix. CPU only: on CUDA the
+// library's products are the fast path.
+//
+// x: [M, K], weight: [N, K], bias: [N], out: [M, N]; the last strides one, the row strides free.
+// out overlaps no input. Sums are in float32 and rounded once, after the epilogue.
+// Memory beside: a panel of the weights per thread, 32 rows of K (twice the size of bfloat16 where
+// the processor has no products of it).
+#pragma once
+
+#include "accelrt/cpu_isa.h"
+#include "accelrt/tensor_view.h"
+
+namespace accelrt {
+
+enum class LinearEpilogue : int {
+  kNone = 0,
+  kGELU = 1,
+  kGELUTanh = 2,
+  kGatedResidual = 3,  // out += gate * y
+};
+
+struct LinearParams {
+  const void* x = nullptr;
+  const void* weight = nullptr;
+  const void* bias = nullptr;  // null: zeros
+  void* out = nullptr;
+  int64_t x_stride = 0;  // between rows
+  int64_t weight_stride = 0;
+  int64_t out_stride = 0;
+  int64_t rows = 0;     // M
+  int64_t columns = 0;  // N
+  int64_t depth = 0;    // K
+  LinearEpilogue epilogue = LinearEpilogue::kNone;
+  const void* gate = nullptr;  // [M / rows_per_sample, N]; null: ones
+  int64_t gate_stride = 0;     // between samples
+  int64_t rows_per_sample = 1;
+  DType dtype = DType::kFloat32;
+};
+
+void linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
+            LinearEpilogue epilogue, const OptionalView& gate, int64_t rows_per_sample,
+            const TensorView& out);
+
+ACCELRT_DECLARE_CPU(linear_cpu, LinearParams)
+ACCELRT_DECLARE_CPU_BF16(linear_cpu, LinearParams)
+
+}  // namespace accelrt

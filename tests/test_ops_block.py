@@ -1,0 +1,322 @@
+"""transformer_block against the stock block: forms, dtypes, masks, memory, opcheck."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from ops_common import all_devices, all_dtypes, assert_as_good_as
+from sim import run_simulator
+
+from accelrt import ops, reference
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu-approximate", "geglu": "geglu"}
+
+
+def linear_of(layer):
+    return ops.LinearWeights(
+        layer.weight.detach(), layer.bias.detach() if layer.bias is not None else None
+    )
+
+
+def attention_of(attn):
+    layers = (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
+    return ops.AttentionWeights(*map(linear_of, layers), attn.heads)
+
+
+def norm_of(norm):
+    weight = None if norm.weight is None else norm.weight.detach()
+    bias = None if norm.bias is None else norm.bias.detach()
+    return ops.NormWeights(weight, bias, norm.eps)
+
+
+def weights_of(block, activation="gelu_tanh"):
+    zero = block.norm_type == "ada_norm_zero"
+    norms = (block.norm1.norm, block.norm3) if zero else (block.norm1, block.norm2)
+    ff = ops.FeedForwardWeights(
+        linear_of(block.ff.net[0].proj), linear_of(block.ff.net[2]), activation
+    )
+    cross = None if block.attn2 is None else attention_of(block.attn2)
+    return ops.BlockWeights(
+        norm_of(norms[0]), attention_of(block.attn1), norm_of(norms[1]), ff, cross
+    )
+
+
+def widened(value):
+    if isinstance(value, torch.Tensor):
+        return value.double()
+    if isinstance(value, tuple):
+        parts = [widened(item) for item in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def make_block(
+    dtype, device="cpu", *, single, heads=3, dim=24, activation="gelu_tanh", affine=False
+):
+    torch.manual_seed(3)
+    width = heads * dim
+    block = BasicTransformerBlock(
+        width, heads, dim, cross_attention_dim=40 if single else None,
+        activation_fn=ACTIVATIONS[activation], attention_bias=True,
+        norm_elementwise_affine=affine, norm_type="ada_norm_single" if single else "ada_norm_zero",
+        num_embeds_ada_norm=None if single else 10,
+    )  # fmt: skip
+    return block.to(device, dtype).eval().requires_grad_(False)
+
+
+def random(*shape, dtype, device="cpu"):
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def stock_and_ours(block, batch, tokens, dtype, device="cpu", *, activation="gelu_tanh", **options):
+    """The stock block's result, the arguments of ours, for one set of random inputs."""
+    width = block.attn1.to_q.in_features
+    x = random(batch, tokens, width, dtype=dtype, device=device)
+    weights = weights_of(block, activation)
+    if block.norm_type == "ada_norm_zero":
+        timestep = torch.arange(batch, device=device) * 100
+        labels = torch.arange(batch, device=device) % 10
+        norm1 = block.norm1
+        emb = norm1.emb(timestep, labels, hidden_dtype=dtype)
+        modulation = norm1.linear(norm1.silu(emb)).view(batch, 6, width)
+        return block(x, timestep=timestep, class_labels=labels), (x, modulation, weights), {}
+    shared = random(batch, 6 * width, dtype=dtype, device=device)
+    context = random(batch, 11, 40, dtype=dtype, device=device)
+    modulation = block.scale_shift_table[None] + shared.view(batch, 6, width)
+    masks, stock_masks = {}, {}
+    if options.get("masked"):
+        kept = torch.rand(batch, 1, 11, device=device) < 0.6
+        kept[..., 0] = True
+        stock_masks["encoder_attention_mask"] = (1 - kept.to(dtype)) * -10000.0
+        stock_masks["attention_mask"] = random(batch, 1, tokens, dtype=dtype, device=device)
+        masks = {
+            "cross_mask": stock_masks["encoder_attention_mask"][:, None],
+            "mask": stock_masks["attention_mask"][:, None],
+        }
+    y = block(x, encoder_hidden_states=context, timestep=shared, **stock_masks)
+    return y, (x, modulation, weights), {"context": context, **masks}
+
+
+def truth_of(args, keywords):
+    wide = [widened(a) for a in args]
+    return reference.transformer_block(*wide, **{k: widened(v) for k, v in keywords.items()})
+
+
+def check(stock, args, keywords, **more):
+    truth = truth_of(args, keywords)
+    stream = args[0].clone()
+    result = ops.transformer_block(stream, *args[1:], **keywords, **more)
+    assert result is stream
+    assert_as_good_as(result, stock, truth)
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["zero", "single"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@all_dtypes
+@all_devices
+@torch.no_grad()
+def test_matches_the_stock_block(single, activation, dtype, device):
+    block = make_block(dtype, device, single=single, activation=activation)
+    for batch, tokens in ((1, 1), (2, 19), (3, 64)):
+        stock, args, keywords = stock_and_ours(
+            block, batch, tokens, dtype, device, activation=activation
+        )
+        check(stock, args, keywords)
+
+
+@all_dtypes
+@torch.no_grad()
+def test_every_isa(isa, dtype):
+    for single in (False, True):
+        block = make_block(dtype, single=single, heads=2, dim=20, affine=single)
+        check(*stock_and_ours(block, 2, 37, dtype, masked=True))
+
+
+@all_dtypes
+@all_devices
+@torch.no_grad()
+def test_masks_of_both_attentions(dtype, device):
+    block = make_block(dtype, device, single=True)
+    check(*stock_and_ours(block, 3, 33, dtype, device, masked=True))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 19, 30, 38, 57, 1000])
+@all_dtypes
+@torch.no_grad()
+def test_pieces_of_the_feed_forward(rows, dtype):
+    """Tokens of one sample, one sample, several samples with fewer in the last piece, all."""
+    for activation in ("gelu_tanh", "geglu"):
+        block = make_block(dtype, single=False, activation=activation)
+        found = stock_and_ours(block, 3, 19, dtype, activation=activation)
+        check(*found, ff_rows=rows)
+
+
+@all_dtypes
+@torch.no_grad()
+def test_one_projection_for_queries_keys_and_values(isa, dtype):
+    block = make_block(dtype, single=False)
+    stock, (x, modulation, weights), keywords = stock_and_ours(block, 2, 19, dtype)
+    a = weights.attention
+    assert a.k is not None
+    assert a.v is not None
+    fused = ops.LinearWeights(
+        torch.cat([a.q.weight, a.k.weight, a.v.weight]), torch.cat([a.q.bias, a.k.bias, a.v.bias])
+    )
+    weights = weights._replace(attention=a._replace(q=fused, k=None, v=None))
+    check(stock, (x, modulation, weights), keywords)
+
+
+@all_dtypes
+@torch.no_grad()
+def test_keys_and_values_that_are_made(dtype):
+    block = make_block(dtype, single=True)
+    stock, args, keywords = stock_and_ours(block, 2, 19, dtype, masked=True)
+    context = keywords.pop("context")
+    both = torch.cat([block.attn2.to_k(context), block.attn2.to_v(context)], -1)
+    keys, values = both.view(2, 11, 2, 3, 24).unbind(2)  # views with gaps between the tokens
+    truth = truth_of(args, {**keywords, "context": context})
+    result = ops.transformer_block(args[0].clone(), *args[1:], context=(keys, values), **keywords)
+    assert_as_good_as(result, stock, truth)
+
+
+@all_dtypes
+@torch.no_grad()
+def test_workspace_is_what_is_asked_for(dtype):
+    """One element less is refused, and nothing beside it is written."""
+    for single, rows in ((False, None), (True, None), (False, 5)):
+        block = make_block(dtype, single=single, heads=2, dim=10)
+        _, args, keywords = stock_and_ours(block, 2, 7, dtype)
+        context = keywords.get("context")
+        need = ops.transformer_block_workspace(args[0], args[2], context=context, ff_rows=rows)
+        memory = torch.full((need + 64,), 7.0, dtype=dtype)
+        expected = ops.transformer_block(args[0].clone(), *args[1:], **keywords, ff_rows=rows)
+        stream = args[0].clone()
+        ops.transformer_block(stream, *args[1:], **keywords, ff_rows=rows, workspace=memory[:need])
+        assert torch.equal(stream, expected)
+        assert bool((memory[need:] == 7).all())
+        stream = args[0].clone()
+        with pytest.raises(RuntimeError, match=r"workspace has \d+ bytes, expected at least"):
+            ops.transformer_block(
+                stream, *args[1:], **keywords, ff_rows=rows, workspace=memory[: need - 1]
+            )
+        assert torch.equal(stream, args[0])
+
+
+@torch.no_grad()
+def test_modulation_by_stride_and_shared(isa):
+    dtype = torch.bfloat16
+    block = make_block(dtype, single=False)
+    _, (x, modulation, weights), _ = stock_and_ours(block, 3, 9, dtype)
+    first = modulation[:1]
+    expected = ops.transformer_block(x.clone(), first.repeat(3, 1, 1), weights)
+    shared = ops.transformer_block(x.clone(), first.expand(3, -1, -1), weights)
+    assert torch.equal(shared, expected)
+    padded = torch.zeros(3, 6, modulation.shape[2] + 5, dtype=dtype)[..., 3:-2]
+    padded.copy_(first.expand(3, -1, -1))
+    assert torch.equal(ops.transformer_block(x.clone(), padded, weights), expected)
+    empty = x[:0].clone()
+    assert ops.transformer_block(empty, modulation[:0], weights).shape == (0, 9, x.shape[2])
+
+
+@torch.no_grad()
+def test_the_result_does_not_depend_on_the_threads():
+    block = make_block(torch.bfloat16, single=True)
+    _, args, keywords = stock_and_ours(block, 4, 130, torch.bfloat16, masked=True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = ops.transformer_block(args[0].clone(), *args[1:], **keywords)
+        torch.set_num_threads(3)
+        assert torch.equal(one, ops.transformer_block(args[0].clone(), *args[1:], **keywords))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def test_errors_name_the_operator_and_the_value():
+    dtype = torch.float32
+    block = make_block(dtype, single=True)
+    _, (x, modulation, weights), keywords = stock_and_ours(block, 2, 19, dtype)
+
+    def refused(match, *, stream=x, mod=modulation, w=weights, **more):
+        before = stream.clone()
+        with pytest.raises(ValueError, match=match):
+            ops.transformer_block(stream, mod, w, **{**keywords, **more})
+        assert torch.equal(stream, before)
+
+    refused(r"transformer_block.*stream has shape \(19, 72\)", stream=x[0])
+    refused(r"transformer_block.*stream has strides", stream=x.transpose(0, 1))
+    refused(r"transformer_block.*modulation has shape \(2, 5, 72\)", mod=modulation[:, :5])
+    refused(r"transformer_block.*modulation is torch.bfloat16", mod=modulation.bfloat16())
+    refused(r"transformer_block.*ff_rows is 0", ff_rows=0)
+    refused(r"transformer_block.*context go together", context=None)
+    refused(r"transformer_block.*context has shape \(1, 11, 40\)", context=keywords["context"][:1])
+    refused(r"transformer_block.*mask has shape \(2, 1, 1, 18\)", mask=torch.zeros(2, 1, 1, 18))
+    refused(r"transformer_block.*cross_mask has shape", cross_mask=torch.zeros(2, 2, 1, 11))
+    heads = weights.attention._replace(heads=5)
+    refused(r"transformer_block.*heads is 5.*72", w=weights._replace(attention=heads))
+    ff = weights.feed_forward
+    refused(
+        r"transformer_block.*activation is 'relu'",
+        w=weights._replace(feed_forward=ff._replace(activation="relu")),
+    )
+    short = ops.LinearWeights(ff.out.weight[:, 1:], ff.out.bias)
+    refused(
+        r"transformer_block.*ff_out_weight has shape \(72, 287\)",
+        w=weights._replace(feed_forward=ff._replace(out=short)),
+    )
+
+
+def native_arguments(args, keywords, monkeypatch):
+    """What the public function hands to the operator."""
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "accelrt.ops.block.native",
+            type("Native", (), {"transformer_block": lambda _, *a: seen.append(a)})(),
+        )
+        ops.transformer_block(*args, **keywords)
+    return seen[0]
+
+
+@all_dtypes
+@torch.no_grad()
+def test_opcheck(dtype, monkeypatch):
+    for single in (False, True):
+        block = make_block(dtype, single=single, heads=2, dim=8)
+        _, args, keywords = stock_and_ours(block, 2, 5, dtype, masked=True)
+        native = native_arguments(args, keywords, monkeypatch)
+        native[-1].zero_()  # an operator's check compares what it was given, NaN or not
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(torch.ops.accelrt.transformer_block.default, native, test_utils=tests)
+
+
+@torch.no_grad()
+def test_compiles():
+    block = make_block(torch.float32, single=True)
+    _, args, keywords = stock_and_ours(block, 2, 9, torch.float32)
+    compiled = torch.compile(
+        lambda x: ops.transformer_block(x * 2, *args[1:], **keywords) + 1,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    expected = ops.transformer_block(args[0] * 2, *args[1:], **keywords) + 1
+    assert torch.equal(compiled(args[0]), expected)
+
+
+@all_dtypes
+@torch.no_grad()
+def test_without_torch_under_asan(sim_dir, dtype, monkeypatch):
+    for single, rows in ((False, 4), (True, None)):
+        block = make_block(dtype, single=single, heads=2, dim=12)
+        stock, args, keywords = stock_and_ours(block, 2, 9, dtype, masked=True)
+        values = native_arguments(args, {**keywords, "ff_rows": rows}, monkeypatch)
+        schema = torch.ops.accelrt.transformer_block.default._schema
+        named = {a.name: v for a, v in zip(schema.arguments, values, strict=True)}
+        for name in ("workspace", "keys", "values", "cross_heads", "cross_scale"):
+            del named[name]
+        named |= {k: v.contiguous() for k, v in named.items() if isinstance(v, torch.Tensor)}
+        named = {k: v for k, v in named.items() if v is not None}
+        result = run_simulator(sim_dir / "accelrt_sim_asan", "transformer_block", "cpu", **named)
+        assert_as_good_as(result["stream"], stock, truth_of(args, keywords))
