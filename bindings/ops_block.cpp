@@ -73,13 +73,23 @@ void transformer_block_op(
   transformer_block(p, products, scope.stream());
 }
 
+// x weight^T + bias by the products that a block would take. x: [M, K], out: [M, N].
+void block_projection_op(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                         const Tensor& out) {
+  const DeviceScope scope(x);
+  FastestProducts(x).linear(view_of(x), view_of(weight), view_of(bias), Epilogue{}, view_of(out),
+                            scope.stream());
+}
+
 }  // namespace
 }  // namespace accelrt::bindings
 
 STABLE_TORCH_LIBRARY_IMPL(accelrt, CPU, m) {
   m.impl("transformer_block", TORCH_BOX(&accelrt::bindings::transformer_block_op));
+  m.impl("block_projection", TORCH_BOX(&accelrt::bindings::block_projection_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(accelrt, CUDA, m) {
   m.impl("transformer_block", TORCH_BOX(&accelrt::bindings::transformer_block_op));
+  m.impl("block_projection", TORCH_BOX(&accelrt::bindings::block_projection_op));
 }

@@ -320,7 +320,8 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         flat = [a for a in args if isinstance(a, Tensor)]
-        used = func.overloadpacket.__name__ in ("addmm", "mm", "bmm", "linear")
+        products = ("addmm", "mm", "bmm", "linear", "block_projection")
+        used = func.overloadpacket.__name__ in products
         self.count += used and any(a.data_ptr() in self.addresses for a in flat)
         return func(*args, **(kwargs or {}))
 

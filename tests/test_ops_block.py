@@ -320,3 +320,36 @@ def test_without_torch_under_asan(sim_dir, dtype, monkeypatch):
         named = {k: v for k, v in named.items() if v is not None}
         result = run_simulator(sim_dir / "accelrt_sim_asan", "transformer_block", "cpu", **named)
         assert_as_good_as(result["stream"], stock, truth_of(args, keywords))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 24), (7, 40), (120, 1152)])
+def test_keys_made_ahead_are_those_of_the_call(dtype: torch.dtype, tokens: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+
+    def linear(rows: int, columns: int) -> ops.LinearWeights:
+        return ops.LinearWeights(random(rows, columns), random(rows))
+
+    wide = 24
+    layers = [linear(wide, wide) for _ in range(4)]
+    cross = ops.AttentionWeights(
+        linear(wide, wide), linear(wide, width), linear(wide, width), linear(wide, wide), 2
+    )
+    weights = ops.BlockWeights(
+        ops.NormWeights(), ops.AttentionWeights(*layers, 2), ops.NormWeights(),
+        ops.FeedForwardWeights(linear(48, wide), linear(wide, 48), "gelu_tanh"), cross,
+    )  # fmt: skip
+    context, stream = random(2, tokens, width), random(2, 5, wide)
+    modulation = random(2, 6, wide)
+    expected = ops.transformer_block(stream.clone(), modulation, weights, context=context)
+    keys = ops.context_keys(context, cross)
+    assert keys[0].shape == (2, tokens, 2, 12)
+    found = ops.transformer_block(stream.clone(), modulation, weights, context=keys)
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="expected contiguous"):
+        ops.context_keys(context[0], cross)
+    with pytest.raises(ValueError, match="must be given apart"):
+        ops.context_keys(context, cross._replace(k=None))

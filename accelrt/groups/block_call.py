@@ -88,11 +88,15 @@ class BlockCall:
         """
         first, *second = self.attentions
         mask = None if first.mask is None else first.mask[samples]
-        context = cross_mask = None
+        context: Tensor | tuple[Tensor, Tensor] | None = None
+        cross_mask = None
         if second:
             whole, bias = second[0].context, second[0].mask
             assert whole is not None
-            context = whole[samples]
+            weights = self.weights.cross
+            assert weights is not None
+            kept = second[0].kept_keys(lambda given: ops.context_keys(given, weights))
+            context = whole[samples] if kept is None else (kept[0][samples], kept[1][samples])
             cross_mask = None if bias is None else bias[samples]
         rows = self.feed_forward.rows_of(stream)
         if self._workspace is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class SampleAttention:
             # The scores and the mask meet in one addition there, which may not mix dtypes.
             self.known = mask.dtype == dtype and not attn.upcast_attention
         self.fresh = self.known and is_plain_linear(attn.to_out[0])
-        self._keys: tuple[Tensor, Tensor] | None = None
+        self._kept: tuple[dict[str, Any], str] | None = None
 
     def keep_keys(self, known: dict[str, Any] | None, name: str) -> None:
         """Take keys and values of the context from ``known[name]``, and put them there first.
@@ -67,11 +68,17 @@ class SampleAttention:
         attn = self.attn
         if known is None or self.context is None or not self.known:
             return
-        if not (_is_free(attn.to_k) and _is_free(attn.to_v)):
-            return
+        if _is_free(attn.to_k) and _is_free(attn.to_v):
+            self._kept = known, name
+
+    def kept_keys(self, make: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Any:
+        """Keys and values of all samples' context, made by ``make`` once; ``None`` if not kept."""
+        if self._kept is None or self.context is None:
+            return None
+        known, name = self._kept
         if name not in known:
-            known[name] = (attn.to_k(self.context), attn.to_v(self.context))
-        self._keys = known[name]
+            known[name] = make(self.context)
+        return known[name]
 
     @property
     def keeps_input(self) -> bool:
@@ -108,11 +115,14 @@ class SampleAttention:
 
     def context_keys(self, samples: slice) -> tuple[Tensor, Tensor]:
         """Keys and values ``[n, L, D]`` of the context of some samples."""
+        attn = self.attn
+        kept = self.kept_keys(lambda context: (attn.to_k(context), attn.to_v(context)))
+        if kept is not None:
+            k, v = (t[samples].flatten(2) for t in kept)
+            return k, v
         assert self.context is not None
-        if self._keys is not None:
-            return self._keys[0][samples], self._keys[1][samples]
         context = self.context[samples]
-        return self.attn.to_k(context), self.attn.to_v(context)
+        return attn.to_k(context), attn.to_v(context)
 
     def queries(self, x: Tensor, k: Tensor, v: Tensor, samples: slice, rows: slice) -> Tensor:
         """Attention of the tokens ``[n, s, D]`` of some samples, with keys that are made.

@@ -18,6 +18,7 @@ from .block import (
     FeedForwardWeights,
     LinearWeights,
     NormWeights,
+    context_keys,
     transformer_block,
     transformer_block_workspace,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "LinearWeights",
     "NormWeights",
     "attention",
+    "context_keys",
     "feature_delta",
     "gate_residual_layer_norm_modulate",
     "geglu",

@@ -27,13 +27,56 @@ __all__ = [
     "FeedForwardWeights",
     "LinearWeights",
     "NormWeights",
+    "context_keys",
     "transformer_block",
     "transformer_block_workspace",
 ]
 
-_OP = "transformer_block"
+_OP, _PROJECTION = "transformer_block", "block_projection"
 _ALIGNMENT = 64
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "geglu": 2}
+
+
+def context_keys(context: Tensor, weights: AttentionWeights) -> tuple[Tensor, Tensor]:
+    """Keys and values of a context, bit for bit as :func:`transformer_block` makes them of it.
+
+    Args:
+        context: ``[B, L, E]``, contiguous; float32, bfloat16, float16 or float64.
+        weights: of the cross-attention, with ``k`` and ``v`` apart.
+
+    Returns:
+        Two tensors ``[B, L, H, head_dim]``, to be given in place of the context.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride does not fit, or ``k`` or ``v`` is missing.
+    """
+    if weights.k is None or weights.v is None:
+        raise fails(_PROJECTION, "the weights of keys and values must be given apart")
+    if context.dtype != torch.float64:
+        check_tensor(_PROJECTION, "context", context)
+    if context.dim() != 3 or not context.is_contiguous():
+        raise fails(
+            _PROJECTION,
+            f"context has shape {tuple(context.shape)} and strides {context.stride()}; expected "
+            "contiguous [B, L, E]",
+        )
+    batch, tokens, _ = context.shape
+    k, v = (
+        _projected(context.flatten(0, 1), layer).view(batch, tokens, weights.heads, -1)
+        for layer in (weights.k, weights.v)
+    )
+    return k, v
+
+
+def _projected(x: Tensor, layer: LinearWeights) -> Tensor:
+    if x.dtype == torch.float64:
+        return torch.nn.functional.linear(x, *layer)
+    out = x.new_empty(x.shape[0], layer.weight.shape[0])
+    try:
+        native.block_projection(x, *layer, out)
+    except RuntimeError as error:
+        explain(error, _fake_projection, x, *layer, out)
+    return out
 
 
 def transformer_block_workspace(
@@ -273,3 +316,19 @@ def _fake(
     if workspace.numel() and not workspace.is_contiguous():
         raise fails(_OP, "workspace is not contiguous")
     check_cuda_built(_OP, stream)
+
+
+@_register_fake(_PROJECTION)
+def _fake_projection(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    check_tensor(_PROJECTION, "x", x)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1] or not weight.is_contiguous():
+        raise fails(
+            _PROJECTION,
+            f"weight has shape {tuple(weight.shape)}; expected contiguous [N, {x.shape[1]}]",
+        )
+    check_tensor(_PROJECTION, "weight", weight, x)
+    if bias is not None:
+        check_tensor(_PROJECTION, "bias", bias, x)
+        check_shape(_PROJECTION, "bias", bias, weight.shape[:1])
+    check_shape(_PROJECTION, "out", out, (x.shape[0], weight.shape[0]))
+    check_cuda_built(_PROJECTION, x)
