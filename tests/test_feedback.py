@@ -141,7 +141,7 @@ def test_another_model_is_refused() -> None:
         ({"passes": 0}, "passes is 0"),
         ({"enters": "middle"}, "enters is 'middle'; allowed: every, first"),
         ({"scale_shape": "row"}, "scale_shape is 'row'"),
-        ({"conditioning": "t-1"}, "conditioning is 't-1'; allowed: t, ahead"),
+        ({"conditioning": "t-1"}, "conditioning is 't-1'; allowed: t, ahead, next"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], match: str) -> None:
@@ -240,7 +240,7 @@ def test_scales_of_zero_equal_the_backbone_bit_for_bit(
 @pytest.mark.parametrize("batch", [1, 2, 4])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("conditioning", ["t", "ahead"])
+@pytest.mark.parametrize("conditioning", ["t", "ahead", "next"])
 def test_low_precision_is_as_close_to_float64_as_the_stock_modules_are(
     name: str, dtype: torch.dtype, conditioning: str, batch: int
 ) -> None:
@@ -248,7 +248,8 @@ def test_low_precision_is_as_close_to_float64_as_the_stock_modules_are(
     schedules = common.schedule(ahead=0.5)
     module = module_for(Box(model), length=2, conditioning=conditioning, schedules=schedules)
     inputs["timestep"] = torch.full((batch,), 700)
-    ahead = torch.full((batch,), 560)  # half way from 700 to 420
+    # Half way from 700 to 420, or there.
+    ahead = torch.full((batch,), {"t": 700, "ahead": 560, "next": 420}[conditioning])
 
     def hooks(dtype: torch.dtype) -> Tensor:
         copy, own = zoo.clone(model, dtype), zoo.clone(module, dtype)

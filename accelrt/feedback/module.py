@@ -23,8 +23,8 @@ BLOCKS: dict[str, type[nn.Module]] = {"BasicTransformerBlock": BasicTransformerB
 SCALES = ("channel", "block", "scalar")
 #: Which loop blocks get the feedback added to their input.
 ENTERS = ("every", "first")
-#: Timestep of the passes with feedback: that of the step, or where the output stands for.
-CONDITIONING = ("t", "ahead")
+#: Timestep of the passes with feedback: that of the step, what the output stands for, the next.
+CONDITIONING = ("t", "ahead", "next")
 
 
 class FeedbackModule(ModelMixin, ConfigMixin):
@@ -48,7 +48,8 @@ class FeedbackModule(ModelMixin, ConfigMixin):
         learned_scale: ``False`` fixes the scales at 1; the feedback block's last layer is then
             what begins at 0.
         conditioning: timestep of the feedback block and of the loop's passes with feedback:
-            ``"t"`` of the step, or ``"ahead"``, where the output stands for.
+            ``"t"`` of the step, ``"ahead"``, what the output stands for, or ``"next"``, of the
+            next step.
         schedules: by number of steps that they stand for, see :class:`FeedbackSchedule`.
         guidance_scale: that it was trained with: one, or the least and the largest.
         base_class, base_hash, base_id, base_norms: the backbone that it was trained for.
@@ -237,7 +238,8 @@ class FeedbackModule(ModelMixin, ConfigMixin):
 
         Args:
             model: the backbone, not wrapped.
-            ahead: timestep ``[B]`` for the passes with feedback, if ``conditioning`` asks for it.
+            ahead: timestep ``[B]`` for the passes with feedback, unless ``conditioning`` is
+                ``"t"``.
         """
         from accelrt.models.family import parts_of
 
@@ -266,7 +268,7 @@ class FeedbackModule(ModelMixin, ConfigMixin):
             busy = True
             try:
                 positional, given = calls[0]
-                if ahead is not None and self.conditioning == "ahead":
+                if ahead is not None and self.conditioning != "t":
                     given = family.at_time(model, inputs, given, ahead)
                 return self._again(loop, positional[0], output, given)
             finally:

@@ -55,6 +55,29 @@ class FeedbackSchedule:
         """Number of passes through the model."""
         return len(self.feedback)
 
+    def stands_at(self, times: Sequence[float], index: int) -> float:
+        """The timestep that a step's output with feedback stands for.
+
+        Args:
+            times: of the outer steps.
+            index: of the step.
+        """
+        following = times[index + 1] if index + 1 < len(times) else 0.0
+        return times[index] - self.ahead * (times[index] - following)
+
+    def runs_at(self, times: Sequence[float], index: int, conditioning: str) -> float:
+        """The timestep at which a step's passes with feedback run.
+
+        Args:
+            times, index: as of :meth:`stands_at`.
+            conditioning: of the module.
+        """
+        if conditioning == "ahead":
+            return self.stands_at(times, index)
+        if conditioning == "next":
+            return times[index + 1] if index + 1 < len(times) else 0.0
+        return times[index]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values; :meth:`from_dict` reads them."""
         times = None if self.timesteps is None else list(self.timesteps)

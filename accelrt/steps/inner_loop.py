@@ -64,7 +64,7 @@ class InnerLoop:
         total = held = 0
         schedules = self.module.schedules.values()
         most = max((schedule.outer for schedule in schedules), default=1)
-        times = most * (2 if self.module.conditioning == "ahead" else 1)
+        times = most * (1 if self.module.conditioning == "t" else 2)
         for part in forward.family.parts(forward.module, inputs, forward.config):
             stages = forward.stages()
             # As many blocks as there are, and one more: the feedback block is like the last.
@@ -95,14 +95,14 @@ class InnerLoop:
             step: that the call belongs to.
             first: row of the call at which the part begins.
         """
-        on, ahead = self.tracker.feedback_at(step)
-        step.note((FEEDBACK if on else PLAIN,))
+        fed = self.tracker.feedback_at(step)
+        step.note((PLAIN if fed is None else FEEDBACK,))
         family = forward.family
         group = self._group(forward, cut.stages)
         conditions = self._conditions(forward, cut.stages, group, inputs, step, first)
         state = family.begin(forward.module, inputs)
         conditions.put(state, step.time)
-        if not on:
+        if fed is None:
             self._stages(forward, cut.stages, state)
             return family.finish(forward.module, state)
         blocks = self._blocks(cut.stages)
@@ -112,8 +112,7 @@ class InnerLoop:
         leave_schedule()
         head = self._stream(state).clone()
         self._stages(forward, cut.stages[begin:end], state)
-        time = ahead if self.module.conditioning == "ahead" else step.time
-        self._again(forward, cut.stages[begin:end], group, state, head, conditions, time)
+        self._again(forward, cut.stages[begin:end], group, state, head, conditions, fed.runs_at)
         conditions.put(state, step.time)
         self._stages(forward, cut.stages[end:], state)
         return family.finish(forward.module, state)
@@ -132,7 +131,7 @@ class InnerLoop:
         passes = self.module.passes
         kept = state.inputs, state.temb, state.extras.get("modulation")
         conditions.put(state, time)
-        if self.module.conditioning == "ahead":
+        if self.module.conditioning != "t":
             forward.family.retime(state, time)
         for index in range(passes):
             self._run(forward, group, state)  # in place: the loop's output is not needed again
@@ -232,10 +231,10 @@ class InnerLoop:
         if session.times is None:
             return []
         times = list(session.times)
-        if self.module.conditioning == "ahead":
-            for index, time in enumerate(session.times):
-                _, ahead = self.tracker.feedback_at(Step(session, index, time, (0, 0)))
-                times.append(ahead)
+        for index, time in enumerate(session.times):
+            fed = self.tracker.feedback_at(Step(session, index, time, (0, 0)))
+            if fed is not None:
+                times.append(fed.runs_at)
         return sorted(set(times), reverse=True)
 
 

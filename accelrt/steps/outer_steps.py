@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,6 +15,19 @@ from .session import Session, Step, Tracker
 if TYPE_CHECKING:
     from accelrt.feedback.module import FeedbackModule
     from accelrt.feedback.schedule import FeedbackSchedule
+
+
+@dataclass(frozen=True)
+class Fed:
+    """Times of a step with feedback.
+
+    Args:
+        stands_at: timestep that its output stands for.
+        runs_at: timestep of the passes with feedback.
+    """
+
+    stands_at: float
+    runs_at: float
 
 
 class OuterSteps(Tracker):
@@ -113,23 +127,25 @@ class OuterSteps(Tracker):
                 return schedule
         return None
 
-    def feedback_at(self, step: Step) -> tuple[bool, float]:
-        """Whether a step has feedback, and the timestep that its output then stands for."""
+    def feedback_at(self, step: Step) -> Fed | None:
+        """The times of a step with feedback; ``None`` for one without."""
         times = step.session.times
         schedule = self.schedule(step.session)
         index = step.index
         if schedule is None:
             found = self._alone(step.time)
             if found is None:
-                return False, step.time
+                return None
             schedule, index = found
             assert schedule.timesteps is not None
             times = tuple(map(float, schedule.timesteps))
         assert times is not None
         if index >= schedule.outer or not schedule.feedback[index]:
-            return False, step.time
-        following = times[index + 1] if index + 1 < len(times) else 0.0
-        return True, times[index] - schedule.ahead * (times[index] - following)
+            return None
+        return Fed(
+            schedule.stands_at(times, index),
+            schedule.runs_at(times, index, self.module.conditioning),
+        )
 
     def _alone(self, time: float) -> tuple[FeedbackSchedule, int] | None:
         """The step of the only schedule that has a timestep, for calls without a scheduler."""
@@ -160,7 +176,8 @@ class OuterSteps(Tracker):
         given = dict(signature.bind(scheduler, *args, **kwargs).arguments)
         given.pop("self")
         past = self._ahead.setdefault(id(session), AheadOutputs())
-        _, time = self.feedback_at(Step(session, index, session.times[index], (0, 0)))
+        fed = self.feedback_at(Step(session, index, session.times[index], (0, 0)))
+        time = session.times[index] if fed is None else fed.stands_at
         output: Tensor = given["model_output"]
         given["model_output"] = past.fitted(scheduler, index, time, output, given["sample"])
         return (), given

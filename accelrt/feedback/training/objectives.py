@@ -33,7 +33,7 @@ class Student(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, ahead: Tensor, index: Tensor) -> Tensor:
         """The output ``[B, C, H, W]``; arguments as of :meth:`Denoiser.output`, and the
-        timestep ``[B]`` that it stands for."""
+        timestep ``[B]`` of the passes with feedback."""
         with self.feedback.applied(self.denoiser.model, ahead):
             return self.denoiser.output(x, timestep, index)
 
@@ -118,11 +118,12 @@ class Training:
         dropped = torch.rand(count, generator=rng) < self.config.condition_dropout
         index = torch.where(dropped, self.denoiser.empty, index)
         times, ahead = torch.tensor(self.outer.times)[k], torch.tensor(self.outer.ahead())[k]
+        second = torch.tensor(self.outer.second(self.config.conditioning))[k].to(self.device)
         device = self.device
         clean, noise, index = clean.to(device), noise.to(device), index.to(device)
         times, ahead = times.to(device), ahead.to(device)
         x = self.noisy(clean, noise, times)
-        return DataRows(x, times, ahead, index, clean, noise)
+        return DataRows(x, times, ahead, second, index, clean, noise)
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class DataRows:
     x: Tensor
     times: Tensor
     ahead: Tensor
+    second: Tensor
     index: Tensor
     clean: Tensor
     noise: Tensor
@@ -177,7 +179,7 @@ class Ahead:
         with torch.no_grad(), training.autocast():
             target = training.denoiser.output(less_noisy, rows.ahead, rows.index)
         with training.autocast():
-            output = student(rows.x, rows.times, rows.ahead, rows.index)
+            output = student(rows.x, rows.times, rows.second, rows.index)
         distillation = (output - target).square().mean()
         parts = {"distillation": distillation}
         loss = distillation
@@ -328,7 +330,7 @@ class Landing:
         step, sample = chosen // self.pool, chosen % self.pool
         fed = torch.tensor(outer.fed, device=training.device)[step]
         times = torch.tensor(outer.times, device=training.device)[fed]
-        ahead = torch.tensor(outer.ahead(), device=training.device)[fed]
+        ahead = torch.tensor(outer.second(config.conditioning), device=training.device)[fed]
         x, scales, index = made.x[step, sample], made.scales[sample], made.index[sample]
         guided = training.guidance != (1, 1)
         rows = (x, times, index)
@@ -340,7 +342,7 @@ class Landing:
         if config.diffusion_weight:
             plain = training.draw_data(config.batch, training.rng("data", number))
             for held, more in zip(
-                (xs, ts, aheads, indices), (plain.x, plain.times, plain.ahead, plain.index),
+                (xs, ts, aheads, indices), (plain.x, plain.times, plain.second, plain.index),
                 strict=True,
             ):  # fmt: skip
                 held.append(more)

@@ -123,10 +123,12 @@ class Outer:
 
     def ahead(self) -> tuple[int, ...]:
         """Timesteps that the outputs with feedback stand for, rounded, ``[outer]``."""
-        part = self.schedule.ahead
-        return tuple(
-            round(a - part * (a - b)) for a, b in zip(self.times, (*self.times[1:], 0), strict=True)
-        )
+        return tuple(round(self.schedule.stands_at(self.times, k)) for k in range(len(self.times)))
+
+    def second(self, conditioning: str) -> tuple[int, ...]:
+        """Timesteps of the passes with feedback, rounded, ``[outer]``."""
+        count = range(len(self.times))
+        return tuple(round(self.schedule.runs_at(self.times, k, conditioning)) for k in count)
 
     def fine(self, substeps: int) -> tuple[int, ...]:
         """Timesteps of ``substeps`` even steps in each outer interval, the last one down to 0.

@@ -108,7 +108,7 @@ class Validator:
 
         def predict(x: Tensor, k: int) -> Tensor:
             def with_feedback(x: Tensor, timestep: Tensor, index: Tensor) -> Tensor:
-                ahead = torch.full_like(timestep, outer.ahead()[k])
+                ahead = torch.full_like(timestep, outer.second(training.config.conditioning)[k])
                 output: Tensor = self.student(x, timestep, ahead, index)
                 return output
 
