@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelrt.memory.sizes import parse_budget
 
@@ -21,8 +21,59 @@ _LENGTHS = (
 RECOMPUTE = ("allow", "never", "always")
 
 
+S = TypeVar("S", bound="Settings")
+
+
+class Settings:
+    """Base of frozen dataclasses whose fields are settings, which they check themselves."""
+
+    @classmethod
+    def from_dict(cls: type[S], values: Any) -> S:
+        """Build it from a mapping.
+
+        Raises:
+            ValueError: for an unknown key (naming it and the known ones) or a wrong value.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"a config is a mapping of settings; got {type(values).__name__}")
+        cls._check_names(values)
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls: type[S], path: str | Path) -> S:
+        """Read it from a ``.yaml``, ``.yml`` or ``.json`` file.
+
+        Raises:
+            ValueError: for another suffix, a file that does not parse, an unknown key or
+                a wrong value; the message names the file.
+            OSError: if the file cannot be read.
+        """
+        values = read_settings(path)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def override(self: S, **values: Any) -> S:
+        """A copy with some settings replaced.
+
+        Raises:
+            ValueError: for an unknown key or a wrong value.
+        """
+        self._check_names(values)
+        changed: S = dataclasses.replace(self, **values)  # type: ignore[type-var]
+        return changed
+
+    @classmethod
+    def _check_names(cls, values: dict[str, Any]) -> None:
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        unknown = sorted(str(key) for key in values if key not in known)
+        if unknown:
+            raise ValueError(f"unknown setting {', '.join(unknown)}; known: {', '.join(known)}")
+
+
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """How a wrapped model is cut along space. Every setting is exact; they trade memory for time.
 
     A length of ``None`` is chosen at each call by one rule: the longest slice whose
@@ -96,33 +147,6 @@ class Config:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: True, False")
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Config:
-        """Build a config from a mapping.
-
-        Raises:
-            ValueError: for an unknown key (naming it and the known ones) or a wrong value.
-        """
-        if not isinstance(values, dict):
-            raise ValueError(f"a config is a mapping of settings; got {type(values).__name__}")
-        _check_names(values)
-        return cls(**values)
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> Config:
-        """Read a config from a ``.yaml``, ``.yml`` or ``.json`` file.
-
-        Raises:
-            ValueError: for another suffix, a file that does not parse, an unknown key or
-                a wrong value; the message names the file.
-            OSError: if the file cannot be read.
-        """
-        values = read_settings(path)
-        try:
-            return cls.from_dict(values)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values; the inverse of :meth:`from_dict`."""
         return dataclasses.asdict(self)
@@ -131,15 +155,6 @@ class Config:
     def recomputes(self) -> bool:
         """Whether groups compute again what they could keep."""
         return self.recompute == "always"
-
-    def override(self, **values: Any) -> Config:
-        """A copy with some settings replaced.
-
-        Raises:
-            ValueError: for an unknown key or a wrong value.
-        """
-        _check_names(values)
-        return dataclasses.replace(self, **values)
 
 
 def read_settings(path: str | Path) -> Any:
@@ -168,10 +183,3 @@ def read_settings(path: str | Path) -> Any:
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not valid YAML: {error}") from error
     return {} if values is None else values
-
-
-def _check_names(values: dict[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(Config)]
-    unknown = sorted(str(key) for key in values if key not in known)
-    if unknown:
-        raise ValueError(f"unknown setting {', '.join(unknown)}; known: {', '.join(known)}")

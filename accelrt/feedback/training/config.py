@@ -6,10 +6,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from accelrt.config import read_settings
+from accelrt.config import Settings
 from accelrt.feedback.module import CONDITIONING, ENTERS, SCALES
 from accelrt.feedback.schedule import FeedbackSchedule
 
@@ -41,7 +40,7 @@ _BOOLEANS = ("learned_scale", "tensorboard")
 
 
 @dataclass(frozen=True)
-class DistillConfig:
+class DistillConfig(Settings):
     """How a feedback module is trained.
 
     Args:
@@ -232,55 +231,12 @@ class DistillConfig:
         feedback = (True,) * self.outer if self.feedback is None else self.feedback
         return FeedbackSchedule(self.stands_for, feedback, self.timesteps, self.ahead)
 
-    @classmethod
-    def from_dict(cls, values: Any) -> DistillConfig:
-        """Build a config from a mapping.
-
-        Raises:
-            ValueError: for an unknown key (naming it and the known ones) or a wrong value.
-        """
-        if not isinstance(values, dict):
-            raise ValueError(f"a config is a mapping of settings; got {type(values).__name__}")
-        _check_names(values)
-        return cls(**values)
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> DistillConfig:
-        """Read a config from a ``.yaml``, ``.yml`` or ``.json`` file.
-
-        Raises:
-            ValueError: for another suffix, a file that does not parse, an unknown key or
-                a wrong value; the message names the file.
-            OSError: if the file cannot be read.
-        """
-        values = read_settings(path)
-        try:
-            return cls.from_dict(values)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values; the inverse of :meth:`from_dict`."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self).items()
         }
-
-    def override(self, **values: Any) -> DistillConfig:
-        """A copy with some settings replaced.
-
-        Raises:
-            ValueError: for an unknown key or a wrong value.
-        """
-        _check_names(values)
-        return dataclasses.replace(self, **values)
-
-
-def _check_names(values: dict[str, Any]) -> None:
-    known = [each.name for each in dataclasses.fields(DistillConfig)]
-    unknown = sorted(str(key) for key in values if key not in known)
-    if unknown:
-        raise ValueError(f"unknown setting {', '.join(unknown)}; known: {', '.join(known)}")
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> Sequence[str]:
