@@ -381,7 +381,8 @@ def test_two_processes_train_one_module(tmp_path: Path) -> None:
     root = Path(accelrt.__file__).parent.parent
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(tmp_path / "two.py"), str(Path(__file__).parent), str(tmp_path / "out"), str(tmp_path)],
+         str(tmp_path / "two.py"), str(Path(__file__).parent), str(tmp_path / "out"),
+         str(tmp_path)],
         capture_output=True, text=True, cwd=root, timeout=300,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
