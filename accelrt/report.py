@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from accelrt.memory.sizes import bytes_text
+from accelrt.models.stages import Stage
+from accelrt.steps.inner_loop import InnerLoop
 from accelrt.steps.report import FeedbackReport, StepsReport, report_of
 
 if TYPE_CHECKING:
@@ -127,7 +129,11 @@ def describe(found: list[tuple[str, Forward]], unsupported: dict[str, str]) -> S
             exceeded[id(forward.planner)] = spills
             if reserved is not None:
                 planned[component] = reserved
-        for stage in forward.stages():
+        stages = forward.stages()
+        if isinstance(forward.stepper, InnerLoop):
+            group = forward.stepper.group(forward, stages)
+            stages = (*stages, Stage(group.name, (group,)))
+        for stage in stages:
             for group in stage.groups:
                 status = group.status()
                 rows.append(

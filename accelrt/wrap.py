@@ -50,7 +50,8 @@ def wrap(
             file of a calibrated one, or ``"auto"``: a conservative one. Not
             part of ``config``, whose settings are all exact. ``None``: every step is computed.
         feedback: run with Inner Loop Feedback: a trained
-            :class:`accelrt.feedback.FeedbackModule`, or the folder that it was saved to. A call
+            :class:`accelrt.feedback.FeedbackModule`, which is moved to the model's device and
+            dtype, or the folder that it was saved to. A call
             with a number of steps that the module has a schedule for runs the outer steps of
             that schedule; the output is then an approximation. Not together with ``rehash``.
         quality_floor: with ``rehash`` or ``feedback`` and a pipeline: least PSNR in dB, for

@@ -306,6 +306,8 @@ def test_the_summary_says_what_stands_for_what() -> None:
     assert steps["cache_bytes"] > 0
     assert "last request: 5 steps for 8, 4 with feedback; 27 blocks for 24" in str(summary)
     assert "FFCFF" in str(summary)
+    (row,) = (row for row in summary.rows if row.stage == "feedback")
+    assert row.status == next(r.status for r in summary.rows if r.stage == "blocks.1") == "fused"
 
 
 # What is made once

@@ -98,7 +98,7 @@ class InnerLoop:
         fed = self.tracker.feedback_at(step)
         step.note((PLAIN if fed is None else FEEDBACK,))
         family = forward.family
-        group = self._group(forward, cut.stages)
+        group = self.group(forward, cut.stages)
         conditions = self._conditions(forward, cut.stages, group, inputs, step, first)
         state = family.begin(forward.module, inputs)
         conditions.put(state, step.time)
@@ -181,7 +181,7 @@ class InnerLoop:
         assert state.hidden is not None
         return state.hidden
 
-    def _group(self, forward: Forward, stages: tuple[Stage, ...]) -> Group:
+    def group(self, forward: Forward, stages: tuple[Stage, ...]) -> Group:
         """The feedback block's group, cut as the loop's last block is."""
         known = self._groups.get(id(stages))
         if known is not None and known[0] is stages:
