@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import model_zoo as zoo
 import pytest
 import torch
+import zoo_pixart
 from diffusers.models.attention import BasicTransformerBlock
 from ops_common import assert_as_good_as
 from torch.utils.flop_counter import FlopCounterMode
 
+import accelrt
 from accelrt import Config, ops
 from accelrt.groups.dit_block import AdaLNBlockGroup
 from accelrt.groups.pixart_block import AdaLNSingleBlockGroup
@@ -167,3 +170,26 @@ def run_group_only(block, x):
     state.hidden = x
     group(state)
     return state.hidden
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+def test_flops_of_the_call_are_counted(name: str) -> None:
+    """As many as the stock model has, by torch's counter."""
+    if name == "dit":
+        model = zoo.tiny_dit()
+        inputs = {
+            "hidden_states": zoo.normal(3, 4, 8, 8),
+            "timestep": torch.tensor([5, 5, 5]),
+            "class_labels": torch.tensor([1, 2, 3]),
+        }
+    else:
+        model, inputs = zoo_pixart.tiny_pixart(), zoo_pixart.inputs(2, 8, 8)
+
+    def flops() -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(**inputs)
+        return counter.get_total_flops()
+
+    stock = flops()
+    accelrt.wrap(model)
+    assert flops() == stock

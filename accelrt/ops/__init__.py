@@ -9,6 +9,7 @@ says which inputs it may alias. All raise :class:`ValueError` naming the operato
 and the offending value before anything is written. None has a gradient.
 """
 
+from . import _flops
 from .activations import geglu, gelu, gelu_tanh, silu
 from .attention import attention, temporal_attention
 from .blend import residual_blend
@@ -27,6 +28,8 @@ from .layer_norm import gate_residual_layer_norm_modulate, layer_norm_modulate
 from .linear import linear
 from .steps import feature_delta, guided_step
 from .weighted_sum import weighted_sum
+
+_flops.register()
 
 __all__ = [
     "AttentionWeights",
