@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import accelrt
 from accelrt.feedback import FeedbackModule, FeedbackSchedule
-from accelrt.feedback.schedule import every, shrinking
+from accelrt.feedback.schedule import shrinking
 from accelrt.quality import compare
 from accelrt.steps.ahead import AheadOutputs
+from accelrt.steps.conditions import rows_of_times
 from accelrt.wrap import forwards
 
 
@@ -176,14 +178,42 @@ def test_wrong_schedules_are_refused(values: dict[str, Any], match: str) -> None
 
 
 def test_schedules_are_made_and_read() -> None:
-    made = every(20, 10, 4)
-    assert made.feedback == (True,) * 4 + (False,) * 6
-    assert every(20, 3, [0, 2]).feedback == (True, False, True)
+    made = FeedbackSchedule(20, (True, False, True), (900, 500, 31), 0.5)
     assert FeedbackSchedule.from_dict(20, made.to_dict()) == made
     with pytest.raises(ValueError, match="unknown key 'steps'"):
         FeedbackSchedule.from_dict(20, {"steps": 3})
-    with pytest.raises(ValueError, match=r"allowed: 0 to 2"):
-        every(20, 3, [3])
+    times = (900.0, 500.0, 31.0)
+    assert [made.stands_at(times, i) for i in range(3)] == [700.0, 265.5, 15.5]
+    assert [made.runs_at(times, i, "next") for i in range(3)] == [500.0, 31.0, 0.0]
+    assert [made.runs_at(times, i, "t") for i in range(3)] == list(times)
+    rows = rows_of_times([265.5, 15.5], 2, torch.tensor([3]))
+    assert rows.tolist() == [266, 266, 16, 16]
+    assert rows_of_times([265.5], 1, torch.tensor([3.0])).tolist() == [265.5]
+
+
+def test_requests_that_take_turns_keep_their_own_outputs() -> None:
+    """Outputs ahead of their step are those of one request, also while another begins."""
+    pipe = pipeline("dit")
+    accelrt.wrap(pipe, feedback=module_for(pipe, schedules=common.schedule(ahead=0.5)))
+    alone = common.run("dit", pipe)
+    tracker = next(f.stepper.tracker for _, f in forwards(pipe) if f.stepper is not None)
+    begin, other = tracker.begin, []
+
+    def step(pipe: Any, *_: Any, **__: Any) -> None:
+        if not other:  # a request of another scheduler begins in the middle of this one
+            other.append(copy.deepcopy(pipe.scheduler))
+            other[0].set_timesteps(timesteps=list(TIMES))
+            tracker._hooked.add(other[0])
+            session, current = tracker._latest, tracker._local.current
+            begin(other[0])
+            tracker._latest, tracker._local.current = session, current
+
+    stepped = pipe.transformer.register_forward_hook(lambda *_: step(pipe))
+    try:
+        assert torch.equal(common.run("dit", pipe), alone)
+    finally:
+        stepped.remove()
+    assert other
 
 
 def test_jumps_shrink_to_the_floor() -> None:

@@ -102,25 +102,6 @@ class FeedbackSchedule:
         )
 
 
-def every(
-    stands_for: int, outer: int, steps: int | Sequence[int] | None = None
-) -> FeedbackSchedule:
-    """``outer`` steps with the scheduler's own spacing, some of them with feedback.
-
-    Args:
-        stands_for: number of steps of the call.
-        outer: number of passes.
-        steps: how many of them have feedback, from the first on, or which; ``None``: all.
-
-    Raises:
-        ValueError: ``steps`` are not among the outer steps.
-    """
-    chosen = range(outer) if steps is None else range(steps) if isinstance(steps, int) else steps
-    if any(not 0 <= i < outer for i in chosen):
-        raise ValueError(f"feedback steps {list(chosen)}; allowed: 0 to {outer - 1}")
-    return FeedbackSchedule(stands_for, tuple(i in chosen for i in range(outer)))
-
-
 def shrinking(first: int, outer: int, last: int = 0, floor: int = FLOOR) -> tuple[int, ...]:
     """Timesteps whose jumps shrink linearly towards the end.
 

@@ -111,6 +111,10 @@ def tiled(inputs: dict[str, Any], names: Sequence[str], batch: int, times: int) 
 
 
 def rows_of_times(times: Sequence[float], batch: int, like: Any) -> Tensor:
-    """Each of ``times`` for all samples of a batch, ``[len(times) * B]``, as ``like`` is."""
+    """Each of ``times`` for all samples of a batch, ``[len(times) * B]``, as ``like`` is.
+
+    Of integers the nearest, as in training.
+    """
     given = like if isinstance(like, Tensor) else torch.tensor(like)
-    return torch.tensor(times, dtype=torch.float64).repeat_interleave(batch).to(given)
+    rows = torch.tensor(times, dtype=torch.float64).repeat_interleave(batch)
+    return (rows if given.is_floating_point() else rows.round()).to(given)

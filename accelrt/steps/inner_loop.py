@@ -113,7 +113,8 @@ class InnerLoop:
         head = self._stream(state).clone()
         self._stages(forward, cut.stages[begin:end], state)
         self._again(forward, cut.stages[begin:end], group, state, head, conditions, fed.runs_at)
-        conditions.put(state, step.time)
+        if fed.runs_at != step.time:
+            conditions.put(state, step.time)
         self._stages(forward, cut.stages[end:], state)
         return family.finish(forward.module, state)
 
@@ -130,8 +131,8 @@ class InnerLoop:
         """Run the loop again, from ``head``, with feedback from its output ``state.hidden``."""
         passes = self.module.passes
         kept = state.inputs, state.temb, state.extras.get("modulation")
-        conditions.put(state, time)
         if self.module.conditioning != "t":
+            conditions.put(state, time)
             forward.family.retime(state, time)
         for index in range(passes):
             self._run(forward, group, state)  # in place: the loop's output is not needed again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ class OuterSteps(Tracker):
 
     def __init__(self, module: FeedbackModule, pipe: Any = None) -> None:
         self.module = module
-        self._ahead: dict[int, AheadOutputs] = {}
+        self._ahead: weakref.WeakKeyDictionary[Session, AheadOutputs] = weakref.WeakKeyDictionary()
         super().__init__(None, pipe)
 
     def asked(
@@ -110,12 +111,6 @@ class OuterSteps(Tracker):
     def check_request(self, scheduler: Any, steps: int) -> None:
         """Nothing: :meth:`asked` has refused what does not fit."""
 
-    def begin(self, scheduler: Any) -> Session | None:
-        """A request begins."""
-        session = super().begin(scheduler)
-        self._ahead.clear()
-        return session
-
     def schedule(self, session: Session) -> FeedbackSchedule | None:
         """That of a request; ``None`` if its steps are nobody's outer steps."""
         if session.times is None:
@@ -175,7 +170,7 @@ class OuterSteps(Tracker):
         signature = inspect.signature(type(scheduler).step)
         given = dict(signature.bind(scheduler, *args, **kwargs).arguments)
         given.pop("self")
-        past = self._ahead.setdefault(id(session), AheadOutputs())
+        past = self._ahead.setdefault(session, AheadOutputs())
         fed = self.feedback_at(Step(session, index, session.times[index], (0, 0)))
         time = session.times[index] if fed is None else fed.stands_at
         output: Tensor = given["model_output"]
