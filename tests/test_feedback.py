@@ -197,10 +197,11 @@ def test_requests_that_take_turns_keep_their_own_outputs() -> None:
     accelrt.wrap(pipe, feedback=module_for(pipe, schedules=common.schedule(ahead=0.5)))
     alone = common.run("dit", pipe)
     tracker = next(f.stepper.tracker for _, f in forwards(pipe) if f.stepper is not None)
-    begin, other = tracker.begin, []
+    begin, other, passes = tracker.begin, [], [0]
 
     def step(pipe: Any, *_: Any, **__: Any) -> None:
-        if not other:  # a request of another scheduler begins in the middle of this one
+        passes[0] += 1
+        if passes[0] == 3:  # a request of another scheduler begins in the middle of this one
             other.append(copy.deepcopy(pipe.scheduler))
             other[0].set_timesteps(timesteps=list(TIMES))
             tracker._hooked.add(other[0])
