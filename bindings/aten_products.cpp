@@ -9,6 +9,7 @@
 #include "accelrt/cpu_isa.h"
 #include "kernels/activation/activation.h"
 #include "kernels/attention/attention.h"
+#include "kernels/geglu/geglu.h"
 #include "kernels/residual_blend/residual_blend.h"
 
 // Since torch 2.13: what went wrong in the last call. Weak, so that this object loads under 2.11.
@@ -67,6 +68,14 @@ void AtenProducts::linear(const TensorView& x, const TensorView& weight, const O
                           epilogue.kind == LinearEpilogue::kGELU ? ActivationKind::kGELU
                                                                  : ActivationKind::kGELUTanh,
                           out, stream);
+      return;
+    case LinearEpilogue::kGEGLU:
+    case LinearEpilogue::kGEGLUTanh:
+      plain_linear(x, weight, bias, epilogue.scratch);
+      accelrt::geglu(epilogue.scratch, std::nullopt,
+                     epilogue.kind == LinearEpilogue::kGEGLU ? ActivationKind::kGELU
+                                                             : ActivationKind::kGELUTanh,
+                     out, stream);
       return;
     case LinearEpilogue::kGatedResidual: break;
   }
