@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from accelrt import ops
 from accelrt.config import Config
 
-from .products import is_ours
+from .products import is_ours, project
 from .recognise import (
-    has_plain_weights,
     is_inactive_dropout,
     is_plain,
     is_plain_linear,
@@ -131,7 +130,7 @@ class FeedForwardRunner:
             return
         if gate is None and x.is_contiguous() and residual.is_contiguous():
             x, residual = x.view(1, -1, x.shape[-1]), residual.view(1, -1, residual.shape[-1])
-        ours = self._is_ours(x)
+        ours = self._is_ours(x, residual, gate)
         for samples, rows in self._pieces(x):
             if ours:
                 gates = None if gate is None else gate[samples]
@@ -144,14 +143,17 @@ class FeedForwardRunner:
                 add(y, residual[samples, rows], x[samples, rows])
             del y  # not beside the next hidden activation
 
-    def _is_ours(self, x: Tensor) -> bool:
-        """Both products are our kernel's, with the activation as epilogue of the first."""
+    def _is_ours(self, x: Tensor, residual: Tensor, gate: Tensor | None) -> bool:
+        """The first product is our kernel's, with the activation as epilogue."""
+        written = residual.is_contiguous() or residual.shape[0] == 1  # slices have common strides
+        gates = gate is None or (gate.dtype == x.dtype and gate.stride(-1) == 1)
         return (
             self.epilogue is not None
+            and written
+            and gates
+            and residual.dtype == x.dtype
+            and residual.stride(-1) == 1
             and is_ours(self.first.proj, x)
-            and is_plain_linear(self.out)
-            and has_plain_weights(self.out, x.dtype)
-            and self.out.weight.is_contiguous()
         )
 
     def _own(self, x: Tensor, residual: Tensor, gate: Tensor | None, add: Add | None) -> None:
@@ -159,13 +161,16 @@ class FeedForwardRunner:
         proj, out = self.first.proj, self.out
         rows = x.flatten(0, 1)
         hidden = ops.linear(rows, proj.weight, proj.bias, activation=self.epilogue)
-        if add is not None:
-            y = ops.linear(hidden, out.weight, out.bias)
-            del hidden
-            add(y.view_as(residual), residual, x)
-        else:
-            target = residual.flatten(0, 1)
+        if add is None and is_ours(out, hidden):
+            target = residual.view(-1, residual.shape[-1])
             ops.linear(hidden, out.weight, out.bias, gate=gate, add_to=target)
+            return
+        y = project(out, hidden).view_as(residual)
+        del hidden
+        if add is None:
+            self._add(y, residual, gate)
+        else:
+            add(y, residual, x)
 
     def _add(self, y: Tensor, residual: Tensor, gate: Tensor | None) -> None:
         if gate is not None:
