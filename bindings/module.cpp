@@ -34,7 +34,8 @@ py::dict build_info() {
   info["torch_target"] = "2.11";
   info["torch_headers"] = ACCELRT_TORCH_VERSION;
 #if defined(ACCELRT_HAVE_X86_ISA)
-  info["cpu_isas"] = std::vector<std::string>{"generic", "avx2", "avx512", "avx512bf16"};
+  info["cpu_isas"] =
+      std::vector<std::string>{"generic", "avx2", "avx512", "avx512bf16", "amx_emulated", "amx"};
 #else
   info["cpu_isas"] = std::vector<std::string>{"generic"};
 #endif
@@ -61,7 +62,7 @@ PYBIND11_MODULE(_C, m) {
       "active_isa", [] { return accelrt::name_of(accelrt::active_isa()); },
       "The instruction set in use (see ACCELRT_CPU_ISA).");
   m.def("set_isa", &accelrt::set_isa, py::arg("name"),
-        "Force 'generic', 'avx2', 'avx512' or 'avx512bf16' in this process.");
+        "Force an instruction set of build_info()['cpu_isas'] in this process.");
   m.def(
       "own_linear_is_faster",
       [](const std::string& dtype, int64_t depth) {

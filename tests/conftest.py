@@ -43,7 +43,30 @@ def sim_dir() -> Path:
     return build
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512", "avx512bf16"])
+ISAS = ["generic", "avx2", "avx512", "avx512bf16"]
+TILE_ISAS = ["amx_emulated", "amx"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The levels of the tiles are those of bfloat16, in modules that say ``USES_TILES``."""
+    if "isa" in metafunc.fixturenames:
+        tiles = TILE_ISAS if getattr(metafunc.module, "USES_TILES", False) else []
+        metafunc.parametrize("isa", ISAS + tiles, indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the other dtypes the levels of the tiles run what avx512bf16 runs."""
+
+    def repeats(item: pytest.Item) -> bool:
+        chosen = getattr(item, "callspec", None)
+        if chosen is None or chosen.params.get("isa") not in TILE_ISAS:
+            return False
+        return chosen.params.get("dtype", torch.bfloat16) != torch.bfloat16
+
+    items[:] = [item for item in items if not repeats(item)]
+
+
+@pytest.fixture
 def isa(request: pytest.FixtureRequest):
     """Every CPU instruction set of the build that this processor has, forced in turn."""
     if request.param not in _C.build_info()["cpu_isas"]:

@@ -10,6 +10,8 @@ from sim import run_simulator
 
 from accelrt import ops, reference
 
+USES_TILES = True
+
 # batch, queries, keys, heads, head dim
 SHAPES = [
     (2, 256, 256, 2, 72),

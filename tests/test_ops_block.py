@@ -10,6 +10,8 @@ from sim import run_simulator
 
 from accelrt import ops, reference
 
+USES_TILES = True
+
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu-approximate", "geglu": "geglu"}
 
 

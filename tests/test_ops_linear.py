@@ -10,6 +10,8 @@ from sim import run_simulator
 
 from accelrt import ops, reference
 
+USES_TILES = True
+
 # rows, columns, depth: multiples of the tile and not, one and several panels and chunks
 SHAPES = [
     (1, 1, 1),

@@ -45,7 +45,9 @@ def layer() -> nn.Linear:
 def test_who_computes_depends_on_the_processor_and_the_dtype(isa, layer):
     x = torch.randn(2, 5, 48).to(BF16)
     ours = _C.own_linear_is_faster("bfloat16", 48)
-    assert ours == (isa in ("avx512bf16", "amx", "amx_emulated"))
+    tiles = isa in ("amx", "amx_emulated")
+    # oneDNN uses tile registers where there are any: then the level below is behind.
+    assert ours == (tiles or isa == "avx512bf16" == _C.best_isa())
     assert ("accelrt::linear" in called(lambda: products.project(layer, x))) == ours
     assert "accelrt::linear" not in called(lambda: products.project(layer, x, fuse=False))
     q = torch.randn(1, 7, 2, 24).to(BF16)

@@ -6,24 +6,22 @@
 //   out    [rows, D]   += weights [rows, keys] v [keys, D]
 // Weights take the place of their scores. The maximum of a row's scores so far is `top`; where a
 // block of keys raises it, what is in `out` and in the sums is scaled down.
-#include <math.h>
-
 #include <algorithm>
 #include <cfloat>
+#include <cmath>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <type_traits>
 
 #include "accelrt/dispatch.h"
 #include "accelrt/parallel.h"
 #include "accelrt/transpose.h"
-#include "kernels/attention/attention.h"
-#include "kernels/attention/attention_math.h"
+#include "kernels/attention/attention_parts.h"
 
 namespace accelrt {
 namespace ACCELRT_ISA {
 namespace {
+
+using namespace attention_parts;
 
 // The register block: kRows broadcast rows times at most kVecs vectors, chosen so that the
 // accumulators hide the latency of the multiplication and fit the 32 or 16 registers.
@@ -43,8 +41,6 @@ constexpr bool kHalves = kLanes == 16;
 // Longer sums are computed in parts, as a matrix product of the library would: the rounding error
 // of one long chain shows in float32.
 constexpr int64_t kChain = 128;
-
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Vectors of the next tile when `left` of them are to be done: no lonely one, and the widest at the
 // end, where half a vector may be.
@@ -122,40 +118,6 @@ struct Plan {
   int64_t total = 0;
 };
 
-constexpr std::align_val_t kLine{64};
-
-struct Free {
-  void operator()(float* p) const { ::operator delete(p, kLine); }
-};
-
-using Scratch = std::unique_ptr<float[], Free>;
-
-template <typename T>
-struct Unit {
-  Unit(const AttentionParams& p, const Plan& plan, int64_t index) {
-    const int64_t group = index % plan.groups;
-    const int64_t head = index / plan.groups % p.heads;
-    const int64_t batch = index / plan.groups / p.heads;
-    first = group * plan.queries;
-    queries = std::min(plan.queries, p.queries - first);
-    const auto at = [&](const void* data, const TokenStrides& s, int64_t token) {
-      return static_cast<const T*>(data) + batch * s.batch + head * s.head + token * s.token;
-    };
-    q = at(p.q, p.q_stride, first);
-    k = at(p.k, p.k_stride, 0);
-    v = at(p.v, p.v_stride, 0);
-    bias = p.bias == nullptr ? nullptr : at(p.bias, p.bias_stride, first);
-    out = const_cast<T*>(at(p.out, p.out_stride, first));
-  }
-  int64_t first;
-  int64_t queries;
-  const T* q;
-  const T* k;
-  const T* v;
-  const T* bias;
-  T* out;
-};
-
 // to[padded, words]; rows past the end are zero.
 template <typename M, typename T>
 void pack_queries(const T* q, int64_t stride, int64_t rows, int64_t padded, int64_t dim,
@@ -212,19 +174,6 @@ void pack_values(const T* v, int64_t stride, int64_t count, int64_t padded, int6
       to += width * kLanes;
     }
     first += width;
-  }
-}
-
-// to[padded] = bias, or zeros without one; -inf past `count`.
-template <typename T>
-void load_bias(const T* bias, int64_t count, int64_t padded, float* to) {
-  for (int64_t i = 0; i < padded; i += kLanes) {
-    const int n = static_cast<int>(std::min<int64_t>(count - i, kLanes));
-    if (bias == nullptr) {
-      for (int lane = 0; lane < kLanes; ++lane) to[i + lane] = lane < n ? 0.f : -INFINITY;
-    } else {
-      store(to + i, load_any(bias + i, n, -INFINITY));
-    }
   }
 }
 
@@ -348,20 +297,9 @@ void attend(const Plan& plan, float* scratch, int64_t query, const KeyBlock& blo
   const float factor = block.bias == nullptr ? scale * kLog2E : kLog2E;
   float* const out = scratch + plan.out + query * plan.row;
   for (int r = 0; r < R; ++r) {
-    float& top = scratch[plan.top + query + r];
-    float* const sums = scratch + plan.sums + (query + r) * kLanes;
-    const float raised = max_of(load(highest + r * kLanes));
-    if (raised > top) {
-      if (!block.first) {
-        const Vec correction(exp2f((top - raised) * factor));
-        store(sums, load(sums) * correction);
-        for (int64_t c = 0; c < plan.row; c += kLanes) {
-          store(out + r * plan.row + c, load(out + r * plan.row + c) * correction);
-        }
-      }
-      top = raised;
-    }
-    store(sums, load(sums) + M::weigh(scores + r * plan.score_row, count, factor, top));
+    weigh_row<M>(max_of(load(highest + r * kLanes)), factor, block.first, count, plan.row,
+                 scratch[plan.top + query + r], scratch + plan.sums + (query + r) * kLanes,
+                 out + r * plan.row, scores + r * plan.score_row);
   }
 
   const int64_t depth = count / M::kElements;
@@ -423,12 +361,8 @@ void compute(const AttentionParams& p, const Plan& plan, const Unit<T>& unit, fl
     }
   }
   for (int64_t i = 0; i < unit.queries; ++i) {
-    const float total = sum(load(scratch + plan.sums + i * kLanes));
-    const Vec inverse(total == 0.f ? 0.f : 1.f / total);
-    T* const target = unit.out + i * p.out_stride.token;
-    const float* const from = scratch + plan.out + i * plan.row;
-    for_lanes(p.head_dim,
-              [&](int64_t c, int n) { store_any(target + c, n, load(from + c) * inverse); });
+    write_row(scratch + plan.out + i * plan.row, scratch + plan.sums + i * kLanes, p.head_dim,
+              unit.out + i * p.out_stride.token);
   }
 }
 
@@ -439,10 +373,9 @@ void run(const AttentionParams& p) {
   const int64_t unit_flops = 4 * plan.queries * p.keys * p.head_dim;
   constexpr int64_t kGrainFlops = 1 << 20;
   parallel_for(0, units, kGrainFlops / unit_flops, [&](int64_t begin, int64_t end) {
-    const size_t bytes = static_cast<size_t>(plan.total) * sizeof(float);
-    const Scratch scratch(static_cast<float*>(::operator new(bytes, kLine)));
+    const Scratch scratch = make_scratch(plan.total);
     for (int64_t i = begin; i < end; ++i) {
-      compute<M, T>(p, plan, Unit<T>(p, plan, i), scratch.get());
+      compute<M, T>(p, plan, Unit<T>(p, plan.queries, plan.groups, i), scratch.get());
     }
   });
 }

@@ -1,135 +1,33 @@
-// A panel of kColumns rows of the weights is transposed into the second-level cache, in units of
-// four bytes along K: two bfloat16 where the processor multiplies pairs of them, else one float.
-// Tiles of kRows rows of x by one panel are then summed in registers: per unit, kVecs vectors of
-// the panel are loaded and one unit of every row is broadcast. x is read as it lies.
+// A panel of the weights (see linear_parts.h) is made in the second-level cache. Blocks of kRows
+// rows of x by one panel are then summed in registers: per unit, kVecs vectors of the panel are
+// loaded and one unit of every row is broadcast. x is read as it lies.
 //
 // The panel is made anew in every call, which costs as much as a few rows of x (2 % of 512 rows),
 // so that no copy of the weights is kept.
 #include <algorithm>
-#include <memory>
+#include <cstring>
 #include <type_traits>
-#include <utility>
 
 #include "accelrt/dispatch.h"
 #include "accelrt/parallel.h"
-#include "accelrt/transpose.h"
-#include "accelrt/vec.h"
-#include "kernels/linear/linear.h"
+#include "kernels/linear/linear_parts.h"
 
 namespace accelrt {
 namespace ACCELRT_ISA {
 namespace {
+
+using namespace linear_parts;
 
 #if defined(__AVX512F__)
 constexpr int kRows = 12;  // with two vectors 24 sums, of 32 registers
 #else
 constexpr int kRows = 6;  // 12 sums, of 16 registers
 #endif
-constexpr int kVecs = 2;
-constexpr int kColumns = kVecs * kLanes;
 // Rows this far apart (half a way of the first-level cache) crowd each other out.
 constexpr int64_t kCrowded = 2048;
 // Rows of one piece of work, at most: many, to make up for its panel, and few enough for the
 // second- or third-level cache, since every panel reads them again.
 constexpr int64_t kChunk = 60 * kRows;
-
-template <typename T>
-constexpr bool kPairs =
-#if defined(__AVX512BF16__)
-    std::is_same_v<T, bfloat16>;
-#else
-    false;
-#endif
-
-// Calls fn with every index as a constant: g++ keeps an array in registers only if its loops are
-// gone before it looks.
-template <typename Fn, size_t... kIndices>
-inline void unrolled(std::index_sequence<kIndices...>, const Fn& fn) {
-  (fn(std::integral_constant<int, kIndices>{}), ...);
-}
-
-template <int kCount, typename Fn>
-inline void unrolled(const Fn& fn) {
-  unrolled(std::make_index_sequence<kCount>{}, fn);
-}
-
-// What a unit holds: elements of x and of the weights along K.
-template <typename T>
-constexpr int kUnit = kPairs<T> ? 2 : 1;
-
-template <typename T>
-int64_t units_of(int64_t depth) {
-  return (depth + kUnit<T> - 1) / kUnit<T>;
-}
-
-// kLanes units of a row that has `left` elements; zeros past its end.
-template <typename T>
-VFloat load_units(const T* p, int64_t left) {
-  if constexpr (kPairs<T>) {
-    VFloat r = {};
-    if (left >= 2 * kLanes) {
-      std::memcpy(&r, p, sizeof(r));
-    } else {
-      std::memcpy(&r, p, sizeof(T) * static_cast<size_t>(left));
-    }
-    return r;
-  } else {
-    return load_any(p, static_cast<int>(std::min<int64_t>(left, kLanes))).v;
-  }
-}
-
-// Columns of out that a panel makes. With a GEGLU half of its vectors are gates.
-int64_t panel_columns(const LinearParams& p) {
-  return is_geglu(p.epilogue) ? kColumns / 2 : kColumns;
-}
-
-// Vector v of the panel whose columns begin at `first`: its first row of the weights, and where
-// the rows of its kind end.
-struct PanelRows {
-  int64_t begin;
-  int64_t end;
-};
-
-PanelRows rows_of_vector(const LinearParams& p, int64_t first, int v) {
-  constexpr int kHalf = kVecs / 2;
-  if (!is_geglu(p.epilogue)) return {first + v * kLanes, p.columns};
-  if (v < kHalf) return {first + v * kLanes, p.columns};
-  return {p.columns + first + (v - kHalf) * kLanes, 2 * p.columns};
-}
-
-// The rows of the weights that make the columns from `first`, to panel: [units][kColumns].
-template <typename T>
-void pack(const LinearParams& p, int64_t first, float* panel) {
-  const T* weight = static_cast<const T*>(p.weight);
-  const int64_t units = units_of<T>(p.depth);
-  for (int v = 0; v < kVecs; ++v) {
-    const auto [begin, end] = rows_of_vector(p, first, v);
-    for (int64_t u = 0; u < units; u += kLanes) {
-      const int64_t at = u * kUnit<T>;
-      const T* corner = weight + begin * p.weight_stride + at;
-      float* to = panel + u * kColumns + v * kLanes;
-      VFloat block[kLanes];
-      if (begin + kLanes <= end && at + kLanes * kUnit<T> <= p.depth) {
-        constexpr int64_t kAhead = 256 / static_cast<int64_t>(sizeof(T));
-        unrolled<kLanes>([&](auto i) {
-          const T* row = corner + i * p.weight_stride;
-          __builtin_prefetch(row + kAhead, 0, 2);
-          block[i] = load_units(row, p.depth);
-        });
-        transpose(block);
-        unrolled<kLanes>([&](auto i) { store(to + i * kColumns, block[i]); });
-        continue;
-      }
-      for (int i = 0; i < kLanes; ++i) {
-        const T* row = corner + i * p.weight_stride;
-        block[i] = begin + i < end ? load_units(row, p.depth - at) : VFloat{};
-      }
-      transpose(block);
-      const int count = static_cast<int>(std::min<int64_t>(kLanes, units - u));
-      for (int i = 0; i < count; ++i) store(to + i * kColumns, block[i]);
-    }
-  }
-}
 
 // sums += unit * w, the unit at p in every lane.
 template <typename T>
@@ -183,62 +81,6 @@ inline void multiply(const char* x, int64_t stride, const float* panel, int64_t 
   unrolled<kRows * kVecs>([&](auto i) { result[i / kVecs][i % kVecs] = sums[i]; });
 }
 
-template <typename T>
-Vec activated(LinearEpilogue kind, Vec y) {
-  if (kind == LinearEpilogue::kGELU) return gelu_to<T>(y);
-  if (kind == LinearEpilogue::kGELUTanh) return gelu_tanh_to<T>(y);
-  return y;
-}
-
-// value * gelu(gate) of row `row` and the columns from `first`.
-template <typename T>
-void finish_geglu(const LinearParams& p, int64_t row, int64_t first, const VFloat (&sums)[kVecs]) {
-  constexpr int kHalf = kVecs / 2;
-  T* out = static_cast<T*>(p.out) + row * p.out_stride + first;
-  const T* bias = static_cast<const T*>(p.bias);
-  for (int v = 0; v < kHalf; ++v) {
-    const int64_t at = v * kLanes;
-    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, p.columns - first - at));
-    if (lanes <= 0) return;
-    Vec value = sums[v];
-    Vec gate = sums[kHalf + v];
-    if (bias != nullptr) {
-      value += load_any(bias + first + at, lanes);
-      gate += load_any(bias + p.columns + first + at, lanes);
-    }
-    const bool tanh = p.epilogue == LinearEpilogue::kGEGLUTanh;
-    store_any(out + at, lanes, value * (tanh ? gelu_tanh_to<T>(gate) : gelu_to<T>(gate)));
-  }
-}
-
-// Writes the sums of row `row` and the columns from `first`.
-template <typename T>
-void finish(const LinearParams& p, int64_t row, int64_t first, const VFloat (&sums)[kVecs]) {
-  if (is_geglu(p.epilogue)) return finish_geglu<T>(p, row, first, sums);
-  T* out = static_cast<T*>(p.out) + row * p.out_stride + first;
-  const T* bias = p.bias == nullptr ? nullptr : static_cast<const T*>(p.bias) + first;
-  const bool residual = p.epilogue == LinearEpilogue::kGatedResidual;
-  const T* gate = nullptr;
-  if (p.gate != nullptr) {
-    gate = static_cast<const T*>(p.gate) + row / p.rows_per_sample * p.gate_stride + first;
-  }
-  for (int v = 0; v < kVecs; ++v) {
-    const int64_t at = v * kLanes;
-    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, p.columns - first - at));
-    if (lanes <= 0) return;
-    Vec y = sums[v];
-    if (bias != nullptr) y += load_any(bias + at, lanes);
-    if (!residual) {
-      y = activated<T>(p.epilogue, y);
-    } else if (gate == nullptr) {
-      y += load_any(out + at, lanes);
-    } else {
-      y = fma(load_any(gate + at, lanes), y, load_any(out + at, lanes));
-    }
-    store_any(out + at, lanes, y);
-  }
-}
-
 // Rows [begin, end) with the panel of the columns from `first`. rows: memory for kRows rows of x,
 // in which they are widened or, at the end of x, made up to kRows.
 template <typename T>
@@ -273,12 +115,6 @@ void multiply_rows(const LinearParams& p, int64_t first, int64_t begin, int64_t 
   }
 }
 
-// A line of the cache, in which every vector of a panel begins.
-constexpr int64_t kLine = 16;
-struct alignas(64) Line {
-  float values[kLine];
-};
-
 template <typename T>
 void run(const LinearParams& p) {
   const int64_t units = units_of<T>(p.depth);
@@ -292,16 +128,14 @@ void run(const LinearParams& p) {
   const int64_t each = std::max<int64_t>(1, std::min(p.rows, chunk) * kColumns * p.depth);
   parallel_for(0, panels * chunks, std::max<int64_t>(1, kOperations / each),
                [&](int64_t begin, int64_t end) {
-                 const int64_t panel_size = units * kColumns;
-                 const int64_t rows_size = kRows * (units + kLanes);
-                 const int64_t lines = (panel_size + rows_size + kLine - 1) / kLine;
-                 const std::unique_ptr<Line[]> memory(new Line[static_cast<size_t>(lines)]);
+                 const int64_t panel_size = round_up(units, kLanes) * kColumns;
+                 const auto memory = make_lines(panel_size + kRows * (units + kLanes));
                  float* panel = memory[0].values;
                  int64_t packed = -1;
                  for (int64_t i = begin; i < end; ++i) {
                    const int64_t first = i % panels * width;
                    const int64_t row = i / panels * chunk;
-                   if (packed != first) pack<T>(p, first, panel);
+                   if (packed != first) pack<T>(p, first, 0, p.depth, panel);
                    packed = first;
                    multiply_rows<T>(p, first, row, std::min(row + chunk, p.rows), panel,
                                     panel + panel_size);
