@@ -12,7 +12,7 @@ def plan_call(wrapped: Any, inputs: Mapping[str, Any]) -> int:
     """Plan a forward without running it.
 
     Args:
-        wrapped: a single model with a memory budget.
+        wrapped: a denoiser with a memory budget.
         inputs: of the forward, by keyword.
 
     Returns:
@@ -38,4 +38,4 @@ def reserved_bytes(wrapped: Any) -> int:
     plans = [plan for p in planners if p is not None for plan in p.plans.values()]
     if not plans:
         raise ValueError("the model has no plan; wrap it with a memory_budget and call it")
-    return max(plan.reserved_bytes for plan in plans)
+    return max(int(plan.reserved_bytes) for plan in plans)

@@ -10,6 +10,7 @@ from typing import Any
 LEAST_SHARE = 0.005
 LARGEST = 900.0  # area of the mark of all of the time, in square points
 SMALLEST = 12.0
+MARKERS = "osD^"  # the next when the ten colours are used up
 
 
 def plot(path: Path, model: Mapping[str, Any]) -> None:
@@ -46,12 +47,14 @@ def _panel(axis: Any, points: Sequence[Mapping[str, Any]], found: Mapping[str, A
         linewidth=1,
         label=f"copy {bandwidth / 1e9:.3g} GB/s, product {peak / 1e12:.3g} TFLOP/s",
     )
-    for kind, members in kinds.items():
+    for i, (kind, members) in enumerate(kinds.items()):
         share = sum(p["seconds"] for p in members) / whole
         axis.scatter(
             [p["flops"] / p["bytes"] for p in members],
             [p["flops"] / p["seconds"] / 1e9 for p in members],
             s=[max(SMALLEST, LARGEST * p["seconds"] / whole) for p in members],
+            color=f"C{i % 10}",
+            marker=MARKERS[i // 10 % len(MARKERS)],
             alpha=0.6,
             linewidths=0.5,
             edgecolors="black",

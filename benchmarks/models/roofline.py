@@ -1,8 +1,9 @@
 """Where an accelrt forward stands under the roofline: its groups and its operators.
 
 FLOPs are those of torch's FLOP counter (products, convolutions, attention, and the fused
-operators with products in them); an operator without any counts one per value that it
-writes, so that its height under the slanted roof is its share of the copy bandwidth.
+operators with products in them); an operator without any counts one per value of its
+largest tensor; its height under the slanted roof is its share of the copy bandwidth, however
+they are counted.
 Bytes are what an operator must read and write once: its tensors, weights included.
 """
 
@@ -86,19 +87,18 @@ class Recorder(TorchDispatchMode):
         seconds = time.perf_counter() - began
         moved = moved_bytes(func, args, kwargs, result)
         flops = operator_flops(func, args, kwargs, result) if moved else 0
-        name = func._schema.name.removeprefix("aten::")
+        name = func._schema.name.removeprefix("aten::").lstrip("_")
         for table, key, kind in ((self.groups, *self._group), (self.operators, name, name)):
             table.setdefault(key, Point(key, kind)).add(flops, moved, seconds)
         return result
 
 
 def operator_flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """As torch's counter has it; else one per value written."""
+    """As torch's counter has it; else one per value of the largest tensor."""
     formula = flop_registry.get(func._overloadpacket)
     if formula is not None:
         return int(formula(*args, **kwargs, out_val=result))
-    written = [t for t, reads, writes in _operands(func, args, kwargs, result) if writes]
-    return sum(t.numel() for t in written)
+    return max((t.numel() for t, _, _ in _operands(func, args, kwargs, result)), default=0)
 
 
 def moved_bytes(func: Any, args: Any, kwargs: Any, result: Any) -> int:

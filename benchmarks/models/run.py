@@ -58,6 +58,7 @@ def main() -> None:
     threads = options.threads or torch.get_num_threads()
     document = read(options.out)
     document["environment"] = inspect_environment().to_dict()
+    failed: list[str] = []
     for name in options.model or MODELS:
         case = SIZES[options.size][name]()
         request = Request(
@@ -77,22 +78,35 @@ def main() -> None:
         document["models"][name] = known = {**known, **facts}
         for part in options.part or PARTS:
             for malloc in (options.malloc or MALLOCS) if part == "times" else ("default",):
-                measure(known, replace(request, part=part), malloc)
+                failed += measure(known, replace(request, part=part), malloc)
                 if options.out is not None:  # after each part: a long run may be interrupted
                     write(options.out, document)
     print(markdown(document["models"]))
-    if any(above(model) for model in document["models"].values()):
-        sys.exit("An error is above the bound.")
+    failed += [
+        f"{name}: error above the bound: {', '.join(worse)}"
+        for name, model in document["models"].items()
+        if (worse := above(model))
+    ]
+    if failed:
+        sys.exit("\n".join(failed))
 
 
-def measure(known: dict[str, Any], request: Request, malloc: str) -> None:
-    """One part of a model in a process of its own, put into what is known of the model."""
+def measure(known: dict[str, Any], request: Request, malloc: str) -> list[str]:
+    """One part of a model in a process of its own, put into what is known of the model.
+
+    Returns:
+        Why the process failed, if it did: the parts after it are still measured.
+    """
     label = f"{request.model}: {request.part}"
     if request.part == "times":
         label += f", {malloc} malloc"
     progress = Told(label)
     command = [sys.executable, str(Path(__file__).resolve()), "--answer"]
-    found = ask(command, asdict(request), progress, MALLOCS[malloc])
+    try:
+        found = ask(command, asdict(request), progress, MALLOCS[malloc])
+    except RuntimeError as error:
+        progress.call(f"failed: {error}")
+        return [f"{label}: {error}"]
     found["threads"] = request.threads
     progress.call(f"done, {time.perf_counter() - progress.began:.0f} s")
     for name, reason in found.get("left_out", {}).items():
@@ -101,6 +115,7 @@ def measure(known: dict[str, Any], request: Request, malloc: str) -> None:
         known.setdefault("times", {})[malloc] = found
     else:
         known[request.part] = found
+    return []
 
 
 class Told(Progress):
