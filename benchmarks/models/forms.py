@@ -13,7 +13,6 @@ from accelrt.benchmarking.budgets import plan_call
 from accelrt.benchmarking.measure import Form
 from accelrt.benchmarking.models import ModelCase
 from accelrt.benchmarking.weights import share
-from accelrt.memory.sizes import bytes_text
 
 EAGER, COMPILED, FROZEN = "eager", "compile", "compile, frozen"
 OURS, TWICE, FLOOR = "accelrt", "accelrt, 2x min", "accelrt, min"
@@ -87,12 +86,3 @@ def make(
     }
     found = {name: makers[name]() for name in makers if name in names}
     return {name: found[name] for name in NAMES if name in found}
-
-
-def describe(made: dict[str, Made]) -> dict[str, str]:
-    """What the budgets are, in words."""
-    return {
-        name: f"a plan that reserves {bytes_text(one.reserved_bytes)}"
-        for name, one in made.items()
-        if one.reserved_bytes is not None
-    }

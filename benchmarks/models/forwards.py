@@ -108,10 +108,12 @@ def errors(request: Request, progress: Progress) -> dict[str, Any]:
     }
     progress.call(f"truth in {settings.truth}")
     truth = truth_of(case, model, settings)
+    progress.call("plans")
     made = forms.make(case, model, DTYPES[settings.dtype], request.forms, request.compiler)
     limited = Limited(made, request.limit, progress)
     found: dict[str, Any] = {}
-    for name, one in list(made.items()):
+    for name in list(made):
+        one = made[name]
         compiling: float | None = None
         if name in COMPILING:
             began = time.perf_counter()
@@ -120,6 +122,7 @@ def errors(request: Request, progress: Progress) -> dict[str, Any]:
         watched = limited.call(
             name, "watched", lambda one=one, name=name: _watched(one, name in COMPILING)
         )
+        made.pop(name, None)  # with the weights that the compiler packed
         if watched is None:
             continue
         output, live, process = watched
@@ -138,8 +141,14 @@ def errors(request: Request, progress: Progress) -> dict[str, Any]:
 def _watched(one: Made, compiled: bool) -> tuple[Tensor, int, int | None]:
     """Output, peak of live tensors, growth of the process."""
     release_memory()  # what the process keeps would hide what it takes
+    peak = 0
     with ProcessWatch() as watch:
-        output, peak = (_profiled if compiled else _tracked)(one)
+        if compiled:
+            output = one.form()
+        else:
+            output, peak = _tracked(one)
+    if compiled:  # by itself: the profiler takes memory of its own
+        _, peak = _profiled(one)
     return output, peak, watch.growth
 
 
@@ -166,12 +175,14 @@ def times(request: Request, progress: Progress) -> dict[str, Any]:
     """Seconds of each form, in turn, beside those of a matrix product."""
     case, settings = SIZES[request.size][request.model](), request.settings
     progress.call("weights")
-    dtype = DTYPES[settings.dtype]
-    made = forms.make(case, weights_of(case, settings), dtype, request.forms, request.compiler)
+    dtype, model = DTYPES[settings.dtype], weights_of(case, settings)
+    progress.call("plans")
+    made = forms.make(case, model, dtype, request.forms, request.compiler)
     limited = Limited(made, request.limit, progress)
     expected = request.flops / product_rate(dtype)
     seconds: dict[str, float] = {}
-    for name, one in list(made.items()):
+    for name in list(made):
+        one = made[name]
         if name in COMPILING:
             limited.call(name, "compiling", one.form)
         if expected > SLOW_SECONDS:

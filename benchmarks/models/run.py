@@ -81,6 +81,8 @@ def main() -> None:
                 failed += measure(known, replace(request, part=part), malloc)
                 if options.out is not None:  # after each part: a long run may be interrupted
                     write(options.out, document)
+            if part == "roofline" and "roofline" in known and options.out is not None:
+                plot(options.out / f"{NAME}-{name}.png", known)
     print(markdown(document["models"]))
     failed += [
         f"{name}: error above the bound: {', '.join(worse)}"
@@ -148,7 +150,7 @@ def read(folder: Path | None) -> dict[str, Any]:
 
 
 def write(folder: Path, document: dict[str, Any]) -> None:
-    """JSON, the tables, and the plots of what has a roofline."""
+    """JSON and the tables."""
     order = [name for name in MODELS if name in document["models"]]
     document["models"] = {name: document["models"][name] for name in order}
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,9 +159,6 @@ def write(folder: Path, document: dict[str, Any]) -> None:
     part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
     path.with_suffix(".md").write_text(markdown(document["models"]), encoding="utf-8")
-    for name, model in document["models"].items():
-        if "roofline" in model:
-            plot(folder / f"{NAME}-{name}.png", model)
 
 
 def parse() -> argparse.Namespace:

@@ -18,6 +18,14 @@ COLUMNS = (
     "model", "form", *RATES, *(f"{name}, tuned" for name in RATES), "peak", "process", "rel. L2",
 )  # fmt: skip
 ABSENT = "-"
+LEGEND = (
+    "One forward, guidance batched, random weights. Seconds: median of the rounds, in which all "
+    "forms took turns; over eager and over frozen: their time over the form's, within the "
+    "rounds; MFU: FLOPs of the stock model at the rate of a matrix product of the same rounds; "
+    "tuned: in a process whose malloc keeps freed memory. Peak: tensors alive at once, weights "
+    "apart (of compiled forms: what the allocator gave out); process: growth of the resident "
+    "memory during a forward. Error against the stock model in float32."
+)
 
 
 def markdown(models: Mapping[str, Any]) -> str:
@@ -27,6 +35,7 @@ def markdown(models: Mapping[str, Any]) -> str:
         for i, cells in enumerate(rows(model)):
             title = "" if i else f"{model['title']}, {model['detail']}, {model['dtype']}"
             lines.append("| " + " | ".join((title, *cells)) + " |")
+    lines += ["", LEGEND]
     for model in models.values():
         lines += ["", *(f"- {line}" for line in sentences(model))]
     return "\n".join(lines) + "\n"
@@ -119,6 +128,12 @@ def sentences(model: Mapping[str, Any]) -> list[str]:
         if one["reserved_bytes"] is not None
     ]
     lines += [f"Plans: {', '.join(plans)}."] if plans else []
+    first = [
+        f"{name} {seconds_text(one['first_call_seconds'])} s"
+        for name, one in found.items()
+        if one["first_call_seconds"] is not None
+    ]
+    lines += [f"First call, compilation included: {', '.join(first)}."] if first else []
     if EAGER in found and found[EAGER]["error"] is not None:
         bound, worse = error_bound(found[EAGER]["error"]), above(model)
         verdict = f"ABOVE it: {', '.join(worse)}" if worse else "no form of accelrt is above it"
