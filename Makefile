@@ -4,7 +4,8 @@
 #   make test    the whole test suite
 #   make bench   the operators against eager and torch.compile
 #   make bench-blocks    a transformer block against eager and torch.compile with freezing
-#   make bench-models    the published models at full size, stock against accelrt (an hour or more on a CPU)
+#   make bench-models    whole forwards of the published models on the CPU: eager, compiled, accelrt
+#                        (some two hours on two cores; ARGS="--model dit" for one of them)
 #   make lint    ruff, mypy, clang-format
 #
 # Variables: PYTHON, VENV, TORCH (the torch requirement), ACCELRT_CUDA (auto, 0, 1),
@@ -66,7 +67,7 @@ bench-blocks: setup
 	$(BIN)/python benchmarks/blocks/run.py --save $(ARGS)
 
 bench-models: setup
-	$(BIN)/accelrt bench --model all --out benchmarks/results $(ARGS)
+	$(BIN)/python benchmarks/models/run.py --out benchmarks/results $(ARGS)
 
 $(VENV)/.lint: $(VENV)/.dependencies
 	$(PIP) install -q --group lint

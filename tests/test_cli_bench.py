@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import accelrt
 from accelrt.benchmarking import measure as measuring
 from accelrt.benchmarking import models, tables, tuned
+from accelrt.benchmarking import rates as rating
 from accelrt.benchmarking.flops import count_flops, utilisation
 from accelrt.benchmarking.measure import DTYPES, Settings, measure
 from accelrt.benchmarking.models import FULL, TINY, ModelCase
@@ -297,7 +298,7 @@ def test_ratios_are_taken_within_rounds(monkeypatch: pytest.MonkeyPatch) -> None
         "product before accelrt": (1.0, 2.0, 1.0), "accelrt": (2.0, 8.0, 1.0),
     }  # fmt: skip
     monkeypatch.setattr(
-        measuring, "interleave", lambda *_, **__: {k: Timing(v) for k, v in rounds.items()}
+        rating, "interleave", lambda *_, **__: {k: Timing(v) for k, v in rounds.items()}
     )
     settings = dataclasses.replace(TINY_SETTINGS, repeats=3)
     form = measuring.Form(None, {}, lambda model, inputs: torch.zeros(1))

@@ -1,4 +1,4 @@
-"""Floating-point operations of a model, and the rate of a large matrix product."""
+"""Floating-point operations of a model; a large matrix product and a copy as ceilings."""
 
 from __future__ import annotations
 
@@ -42,6 +42,17 @@ def matrix_product(size: int, dtype: torch.dtype, device: str) -> tuple[Thunk, i
         return torch.mm(a, b, out=out)
 
     return run, 2 * size**3
+
+
+def copy_bytes(size: int, device: str) -> tuple[Thunk, int]:
+    """A copy of ``size`` bytes, and the bytes that it reads and writes."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+
+    def run() -> Any:
+        return target.copy_(source)
+
+    return run, 2 * size
 
 
 def utilisation(flops: int, seconds: float, product_flops: int, product_seconds: float) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ import torch
 from torch import Tensor
 
 import accelrt
-from accelrt.benchmarking.flops import count_flops, matrix_product, product_size, utilisation
+from accelrt.benchmarking.flops import count_flops
 from accelrt.benchmarking.models import SIZES, Inputs, ModelCase, Run, Switches
-from accelrt.benchmarking.process import GpuWatch, ProcessWatch, release_memory
+from accelrt.benchmarking.process import GpuWatch, release_memory
 from accelrt.benchmarking.progress import Phases, Progress
+from accelrt.benchmarking.rates import LONG_SECONDS, time_forms
 from accelrt.benchmarking.results import STOCK, WRAPPED, Measurement, Quality, Rates, Times
-from accelrt.benchmarking.timing import Thunk, calls_per_round, interleave, ratio, synchronise
+from accelrt.benchmarking.timing import synchronise
 from accelrt.benchmarking.weights import cast, on_meta, random_model, share
 from accelrt.config import Config
 from accelrt.memory import track_peak, weight_bytes
@@ -32,9 +32,6 @@ DTYPES = {
     "fp64": torch.float64,
 }
 
-PRODUCT_SECONDS = {"full": 0.5, "tiny": 0.02}  # of matrix products before each forward
-FORM_SECONDS = 0.2  # a round of a model whose forward is shorter
-LONG_SECONDS = 1.0  # from here on, one forward is enough for a round
 SLOW = 3.0  # forms of stock that take so many times as long are not timed again
 
 
@@ -122,13 +119,13 @@ def measure(
         check(case, settings.config)
         flops = count_flops(case)
     with phases("weights"):
-        model = _weights(case, settings)
+        model = weights_of(case, settings)
         facts = {
             "parameters": sum(p.numel() for p in model.parameters()),
             "weight_bytes": weight_bytes(model),
         }
     with phases(f"truth in {settings.truth}"):
-        truth = _truth(case, model, settings)
+        truth = truth_of(case, model, settings)
     forms = _forms(case, model, settings)
     seconds: dict[str, float] = {}
     quality: list[Quality] = []
@@ -174,7 +171,7 @@ def measure_rates(name: str, settings: Settings, flops: int, progress: Progress)
     """Only the times of a model, stock and wrapped; see :func:`measure`."""
     case = dataclasses.replace(SIZES[settings.size][name](), switches=())
     progress.call("weights")
-    forms = _forms(case, _weights(case, settings), settings)
+    forms = _forms(case, weights_of(case, settings), settings)
     seconds = {}
     for run, form in forms.items():
         progress.call(f"{run}, warm-up")
@@ -182,7 +179,8 @@ def measure_rates(name: str, settings: Settings, flops: int, progress: Progress)
     return _rates(forms, seconds, flops, settings, progress)
 
 
-def _weights(case: ModelCase, settings: Settings) -> Any:
+def weights_of(case: ModelCase, settings: Settings) -> Any:
+    """The model of the settings, with random weights."""
     return random_model(case.build, DTYPES[settings.dtype], settings.device, settings.seed)
 
 
@@ -203,8 +201,14 @@ def _run_name(switches: Switches) -> str:
     return f"{STOCK}, {switches.label}"
 
 
-def _truth(case: ModelCase, model: Any, settings: Settings) -> Tensor:
-    """The stock output of the same weights in the truth's dtype, in float64 on the CPU."""
+def truth_of(case: ModelCase, model: Any, settings: Settings) -> Tensor:
+    """The stock output of the same weights in the truth's dtype, in float64 on the CPU.
+
+    The weights are back in their own dtype afterwards.
+
+    Raises:
+        ValueError: it is not finite.
+    """
     dtype = DTYPES[settings.truth]
     cast(model, dtype)
     before = torch.backends.cudnn.allow_tf32
@@ -245,15 +249,13 @@ def _rates(
     settings: Settings,
     progress: Progress,
 ) -> Rates:
-    """Time the forms in turn, each after matrix products of its own.
+    """Time the forms in turn; what is slow keeps the one time that it has.
 
     Args:
         forms: warm ones.
         seconds: roughly what a forward of each takes.
         flops: of the stock model.
     """
-    device = settings.device
-    size = product_size(device, settings.size)
     order = list(forms)
     limit = max(LONG_SECONDS, SLOW * seconds[STOCK])
     kept = (STOCK, WRAPPED) if settings.repeats else ()
@@ -262,69 +264,24 @@ def _rates(
         for run in forms
         if run not in kept and (seconds[run] > limit or not settings.repeats)
     }
-    forms = {run: form for run, form in forms.items() if run not in slow}
-    product, product_flops = matrix_product(size, DTYPES[settings.dtype], device)
-    watches: dict[str, list[ProcessWatch]] = {run: [] for run in forms}
-
-    def watched(run: str, form: Form) -> Thunk:
-        if device == "cuda":  # reading the system's files would delay the launches
-            return form
-
-        def call() -> None:
-            with ProcessWatch() as watch:
-                form()
-            watches[run].append(watch)
-
-        return call
-
-    def on_call(name: str, index: int) -> None:
-        if name in forms:
-            progress.call(f"{name}, {index + 1} of {settings.repeats}")
-
-    calls = {run: 1 for run in forms if seconds[run] > LONG_SECONDS}
-    products_per_round = calls_per_round([product], device, PRODUCT_SECONDS[settings.size])
-    thunks: dict[str, list[Thunk]] = {}
-    for run, form in forms.items():
-        before = f"product before {run}"
-        thunks[before], calls[before] = [product], products_per_round
-        thunks[run] = [watched(run, form)]
-    timings = interleave(
-        thunks,
-        device=device,
+    rates = time_forms(
+        {run: form for run, form in forms.items() if run not in slow},
+        seconds,
+        flops,
+        first=STOCK,
+        dtype=DTYPES[settings.dtype],
+        device=settings.device,
+        size=settings.size,
         rounds=settings.repeats,
-        slice_seconds=FORM_SECONDS,
-        calls=calls,
-        on_call=on_call,
+        on_call=lambda run, index: progress.call(f"{run}, {index + 1} of {settings.repeats}"),
     )
-    times = []
-    products: list[float] = []
-    for run in forms:
-        own, beside = timings[run].rounds, timings[f"product before {run}"].rounds
-        products += beside
-        growth = [watch.growth for watch in watches[run] if watch.growth is not None]
-        faults = [watch.page_faults for watch in watches[run]]
-        times.append(
-            Times(
-                run=run,
-                seconds=own,
-                speedup=ratio(timings[STOCK], timings[run]),
-                utilisation=statistics.median(
-                    utilisation(flops, a, product_flops, b)
-                    for a, b in zip(own, beside, strict=True)
-                ),
-                page_faults=int(statistics.median(faults)) if faults else None,
-                process_peak_bytes=int(statistics.median(growth)) if growth else None,
-            )
-        )
-    if not products:
-        alone = {"product": [product]}
-        timed = interleave(alone, device=device, rounds=3, calls={"product": products_per_round})
-        products += timed["product"].rounds
-    rate = product_flops / statistics.median(products)
-    times += [
+    once = [
         # The one forward whose memory was watched, beside stock's.
-        Times(run, (once,), seconds[STOCK] / once, flops / once / rate, None, None)
-        for run, once in slow.items()
-    ]
-    times.sort(key=lambda one: order.index(one.run))
-    return Rates(size, rate, tuple(times))
+        Times(
+            run, (time,), seconds[STOCK] / time, flops / time / rates.product_flops_per_second,
+            None, None,
+        )
+        for run, time in slow.items()
+    ]  # fmt: skip
+    times = sorted((*rates.times, *once), key=lambda one: order.index(one.run))
+    return dataclasses.replace(rates, times=tuple(times))

@@ -6,6 +6,7 @@ classifier-free guidance batched: two samples. Weights and inputs are random.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -240,13 +241,14 @@ def dit(size: int = 32, **overrides: Any) -> ModelCase:
 
 def pixart(size: int = 64, caption: int = 120, **overrides: Any) -> ModelCase:
     """PixArt-alpha: captions of ``caption`` tokens with a mask."""
-    sized = size == 128  # the 1024 x 1024 checkpoint is conditioned on the size
     settings: dict[str, Any] = {
         "sample_size": size,
         "caption_channels": 4096,
-        "use_additional_conditions": sized,
+        # The 1024 x 1024 checkpoint is conditioned on the size.
+        "use_additional_conditions": size == 128,
         **overrides,
     }
+    sized = settings["use_additional_conditions"]
     tokens, width = (size // 2) ** 2, settings["caption_channels"]
 
     def inputs() -> Inputs:
@@ -270,6 +272,12 @@ def pixart(size: int = 64, caption: int = 120, **overrides: Any) -> ModelCase:
         inputs,
         switches=(_transformer_chunks(tokens),),
     )
+
+
+def pixart_1024(size: int = 128, caption: int = 120, **overrides: Any) -> ModelCase:
+    """PixArt-alpha as its 1024 x 1024 checkpoint is: conditioned on size and aspect ratio."""
+    settings = {"use_additional_conditions": True, **overrides}
+    return dataclasses.replace(pixart(size, caption, **settings), name="pixart-1024")
 
 
 def _transformer_chunks(tokens: int) -> Switches:
@@ -338,6 +346,7 @@ def svd_vae(frames: int = 14, height: int = 32, width: int = 56, **overrides: An
 FULL: dict[str, Callable[[], ModelCase]] = {
     "svd": svd,
     "pixart": pixart,
+    "pixart-1024": pixart_1024,
     "dit": dit,
     "animatediff": animatediff,
     "unet2d": unet2d,
@@ -359,15 +368,20 @@ def two_levels(suffix: str) -> dict[str, Any]:
     }
 
 
+def _tiny_pixart(make: Callable[..., ModelCase], head_dim: int) -> ModelCase:
+    return make(
+        16, num_attention_heads=4, attention_head_dim=head_dim, cross_attention_dim=4 * head_dim,
+        num_layers=3, caption_channels=48,
+    )  # fmt: skip
+
+
 TINY: dict[str, Callable[[], ModelCase]] = {
     "svd": lambda: svd(
         3, 8, 16, **two_levels("SpatioTemporal"), num_attention_heads=(2, 4),
         addition_time_embed_dim=16, projection_class_embeddings_input_dim=48,
     ),
-    "pixart": lambda: pixart(
-        16, num_attention_heads=4, attention_head_dim=16, cross_attention_dim=64, num_layers=3,
-        caption_channels=48,
-    ),
+    "pixart": lambda: _tiny_pixart(pixart, 16),
+    "pixart-1024": lambda: _tiny_pixart(pixart_1024, 24),
     "dit": lambda: dit(16, num_attention_heads=4, attention_head_dim=16, num_layers=3),
     "animatediff": lambda: animatediff(
         3, 8, 8, **two_levels("Motion"), num_attention_heads=2, motion_num_attention_heads=2

@@ -30,6 +30,7 @@ class Model(str, enum.Enum):
 
     svd = "svd"
     pixart = "pixart"
+    pixart_1024 = "pixart-1024"
     dit = "dit"
     animatediff = "animatediff"
     unet2d = "unet2d"

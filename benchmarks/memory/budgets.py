@@ -21,12 +21,12 @@ import torch
 
 import accelrt
 from accelrt.benchmarking import models
+from accelrt.benchmarking.budgets import reserved_bytes
 from accelrt.benchmarking.models import ModelCase
 from accelrt.benchmarking.weights import random_model, share
 from accelrt.benchmarking.whole_call import DTYPES
 from accelrt.memory.sizes import bytes_text
 from accelrt.reporting.environment import inspect_environment
-from accelrt.wrap import forwards
 
 TARGET = Path(__file__).resolve().parent.parent / "results" / "memory-budgets-cpu.json"
 CASES: dict[str, Callable[[], ModelCase]] = {
@@ -51,9 +51,7 @@ def variants(case: ModelCase, dtype: torch.dtype) -> tuple[dict[str, Any], dict[
         found[name] = accelrt.wrap(share(model), memory_budget=budget)
         with torch.no_grad():
             case.run(found[name], inputs)  # plans, and warms
-        parts = [part for _, part in forwards(found[name])]
-        plans = [plan for part in parts for plan in part.planner.plans.values()]
-        reserved[name] = max(plan.reserved_bytes for plan in plans)
+        reserved[name] = reserved_bytes(found[name])
 
     planned("floor", "min")
     planned("2x floor", 2 * reserved["floor"])

@@ -1,0 +1,88 @@
+"""A measurement in a process of its own: a request on stdin, lines of JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO
+
+from accelrt.benchmarking.progress import Progress
+
+
+def ask(
+    command: Sequence[str],
+    request: Mapping[str, Any],
+    progress: Progress,
+    environment: Mapping[str, str] | None = None,
+) -> Any:
+    """Start a process that calls :func:`answer`, and wait for what it answers.
+
+    Args:
+        command: the program and its arguments.
+        request: values that JSON has.
+        progress: is told what the process tells its own.
+        environment: variables beside those of this process.
+
+    Raises:
+        RuntimeError: the process fails; with its last words.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+        try:
+            answers = _talk(process, request, progress)
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        if code or not answers:
+            errors.seek(0)
+            raise RuntimeError(f"the process ended with {code}: {errors.read()[-2000:]}")
+    return answers[-1]
+
+
+def answer(handle: Callable[[dict[str, Any], Progress], Any]) -> None:
+    """Answer the one request of :func:`ask`.
+
+    Args:
+        handle: makes the answer, of values that JSON has, from the request.
+    """
+    request = json.load(sys.stdin)
+    lines, sys.stdout = sys.stdout, sys.stderr  # libraries may print; the lines are ours
+    result = handle(request, _Lines(lines))
+    print(json.dumps({"answer": result}), file=lines, flush=True)
+
+
+def _talk(
+    process: subprocess.Popen[str], request: Mapping[str, Any], progress: Progress
+) -> list[Any]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process.stdin:
+        json.dump(dict(request), process.stdin)
+    answers = []
+    for line in process.stdout:
+        message = json.loads(line)
+        if "call" in message:
+            progress.call(message["call"])
+        else:
+            answers.append(message["answer"])
+    return answers
+
+
+class _Lines(Progress):
+    def __init__(self, out: TextIO) -> None:
+        self.out = out
+
+    def call(self, what: str) -> None:
+        print(json.dumps({"call": what}), file=self.out, flush=True)
