@@ -120,25 +120,47 @@ void AtenProducts::attention(const TensorView& q, const TensorView& k, const Ten
 
 namespace {
 
-// Measured on Zen 4, against oneDNN and MKL: bfloat16 205 to 215 GFLOP/s for 180 to 208, float32
-// 93 for 80 up to here and 80 for 90 at a depth of 4608, float16 98 for 21.
-constexpr int64_t kMaxFloatDepth = 2304;
+// oneDNN uses the tile registers wherever they are: without them our bfloat16 products are behind.
+bool has_best_bfloat16() {
+  const Isa isa = active_isa();
+  return isa >= Isa::kAVX512BF16 && (isa > Isa::kAVX512BF16 || best_isa() == Isa::kAVX512BF16);
+}
 
-bool ours_is_faster(const TensorView& x) {
-  switch (x.dtype) {
-    case DType::kBFloat16: return active_isa() >= Isa::kAVX512BF16;
-    case DType::kFloat16: return active_isa() >= Isa::kAVX512;
-    case DType::kFloat32: return active_isa() >= Isa::kAVX512 && x.size[1] <= kMaxFloatDepth;
-  }
+// MKL, which has torch's float32 products, is at its best on the processors of its maker.
+bool mkl_is_at_home() {
+#if defined(ACCELRT_HAVE_X86_ISA)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
   return false;
+#endif
 }
 
 }  // namespace
 
+// Measured on Zen 4, against oneDNN and MKL: bfloat16 205 to 215 GFLOP/s for 180 to 208, float32
+// 93 for 80 up to here and 80 for 90 at a depth of 4608, float16 98 for 21.
+constexpr int64_t kMaxFloatDepth = 2304;
+
+bool own_linear_is_faster(DType dtype, int64_t depth) {
+  switch (dtype) {
+    case DType::kBFloat16: return has_best_bfloat16();
+    case DType::kFloat16: return active_isa() >= Isa::kAVX512;
+    case DType::kFloat32:
+      return active_isa() >= Isa::kAVX512 && depth <= kMaxFloatDepth && !mkl_is_at_home();
+  }
+  return false;
+}
+
+bool own_attention_is_faster(DType dtype, int64_t head_dim) {
+  const bool fast = dtype == DType::kBFloat16 ? has_best_bfloat16() : active_isa() >= Isa::kAVX512;
+  return fast && head_dim <= kMaxAttentionDim;
+}
+
 void FastestProducts::linear(const TensorView& x, const TensorView& weight,
                              const OptionalView& bias, const Epilogue& epilogue,
                              const TensorView& out, Stream stream) {
-  const bool ours = x.device == Device::kCPU && ours_is_faster(x);
+  const bool ours = x.device == Device::kCPU && own_linear_is_faster(x.dtype, x.size[1]);
   if (!ours) {
     AtenProducts::linear(x, weight, bias, epilogue, out, stream);
     return;
@@ -149,9 +171,7 @@ void FastestProducts::linear(const TensorView& x, const TensorView& weight,
 void FastestProducts::attention(const TensorView& q, const TensorView& k, const TensorView& v,
                                 const OptionalView& bias, double scale, const TensorView& out,
                                 Stream stream) {
-  const bool vectors =
-      q.dtype == DType::kBFloat16 ? active_isa() >= Isa::kAVX512BF16 : active_isa() >= Isa::kAVX512;
-  if (q.device == Device::kCPU && vectors && q.size[3] <= kMaxAttentionDim) {
+  if (q.device == Device::kCPU && own_attention_is_faster(q.dtype, q.size[3])) {
     accelrt::attention(q, k, v, bias, scale, out, stream);
   } else {
     AtenProducts::attention(q, k, v, bias, scale, out, stream);

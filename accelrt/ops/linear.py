@@ -54,7 +54,9 @@ def linear(
         ValueError: an argument does not fit; nothing has been written.
     """
     if activation not in _ACTIVATIONS:
-        raise fails(_OP, f"activation is {activation!r}; allowed: {', '.join(map(repr, _ACTIVATIONS))}")
+        raise fails(
+            _OP, f"activation is {activation!r}; allowed: {', '.join(map(repr, _ACTIVATIONS))}"
+        )
     if add_to is None and gate is not None:
         raise fails(_OP, "a gate needs add_to")
     if add_to is not None and (activation is not None or out is not None):
