@@ -117,6 +117,12 @@ def device(code: str | None) -> dict[str, Any]:
         ({**BUILD, "cuda": False}, device(None), "There is a GPU, but this build has no CUDA"),
         ({**BUILD, "cuda": False}, NO_GPU, "CPU only"),
         ({**BUILD, "active_isa": "avx2"}, NO_GPU, "restricts the CPU kernels to avx2"),
+        ({**BUILD, "active_isa": "amx_emulated"}, NO_GPU, "is for tests"),
+        (
+            {**BUILD, "active_isa": "amx", "best_isa": "amx"},
+            NO_GPU,
+            "never on such a processor",
+        ),
     ],
 )
 def test_statements(build: dict[str, Any], machine: dict[str, Any], statement: str) -> None:

@@ -13,8 +13,8 @@ from accelrt import _C
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.+)>:$")
 # Registers and encodings that an older x86-64 processor does not have.
 NEWER = {
-    "avx512": (re.compile(r"%zmm|%k[1-7]\b"), ("avx512",)),
-    "avx2": (re.compile(r"%ymm|\tv[a-z0-9]+ +.*%xmm"), ("avx512", "avx2")),
+    "avx512": (re.compile(r"%zmm|%k[1-7]\b"), ("avx512", "3amx", "amx_emulated")),
+    "avx2": (re.compile(r"%ymm|\tv[a-z0-9]+ +.*%xmm"), ("avx512", "avx2", "3amx", "amx_emulated")),
 }
 
 

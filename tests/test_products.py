@@ -16,6 +16,7 @@ from accelrt.groups import products
 from accelrt.groups.feed_forward import FeedForwardRunner
 from accelrt.groups.slicing import probing
 
+USES_TILES = True
 BF16 = torch.bfloat16
 
 
@@ -54,7 +55,7 @@ def test_who_computes_depends_on_the_processor_and_the_dtype(isa, layer):
     ours = _C.own_attention_is_faster("bfloat16", 24)
     names = called(lambda: products.attention(q, q, q, None, scale=None))
     assert ("accelrt::attention" in names) == ours
-    with pytest.raises(RuntimeError, match="'float8'.*allowed"):
+    with pytest.raises(RuntimeError, match=r"'float8'.*allowed"):
         _C.own_linear_is_faster("float8", 48)
     wide = torch.randn(2, 48, dtype=torch.float64)
     assert "accelrt::linear" not in called(lambda: products.project(layer.double(), wide))

@@ -222,7 +222,18 @@ def _conclude_build(build: dict[str, Any], found: _Findings) -> None:
     if build["active_isa"] is None:
         found.problems.append(f"{build['error']}. Unset ACCELRT_CPU_ISA or correct it.")
         return
-    if build["active_isa"] != build["best_isa"]:
+    if build["active_isa"] == "amx":
+        found.remarks.append(
+            "The bfloat16 kernels of linear and attention use the tile registers of AMX. They were "
+            "tested with the instructions emulated or trapped, never on such a processor: compare "
+            "with ACCELRT_CPU_ISA=avx512bf16 if in doubt."
+        )
+    if build["active_isa"] == "amx_emulated":
+        found.remarks.append(
+            "ACCELRT_CPU_ISA=amx_emulated is for tests: linear and attention in bfloat16 emulate "
+            f"tile registers, slowly; this processor runs {build['best_isa']}."
+        )
+    elif build["active_isa"] != build["best_isa"]:
         found.remarks.append(
             f"ACCELRT_CPU_ISA restricts the CPU kernels to {build['active_isa']}; this "
             f"processor runs {build['best_isa']}."

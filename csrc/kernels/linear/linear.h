@@ -5,7 +5,7 @@
 // With a GEGLU weight and bias have 2 N rows: the values, then the gates.
 // out overlaps no input. Sums are in float32 and rounded once, after the epilogue.
 // Memory beside: a panel of the weights per thread, 32 rows of K (twice the size of bfloat16 where
-// the processor has no products of it).
+// the processor has no products of it); with tile registers below 512 KiB whatever K.
 #pragma once
 
 #include "accelrt/cpu_isa.h"

@@ -68,8 +68,10 @@ void multiply(Tiles& tiles, const char* x, int64_t stride, const float* panel, i
   if (first) {
     tiles.zero<0>();
     tiles.zero<1>();
-    tiles.zero<2>();
-    tiles.zero<3>();
+    if constexpr (kRowTiles == 2) {
+      tiles.zero<2>();
+      tiles.zero<3>();
+    }
   } else {
     tiles.load<0>(sums, kStride);
     tiles.load<1>(sums + kTileColumns, kStride);
