@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 
 import pytest
@@ -88,23 +86,3 @@ def test_levels_are_refused_by_name(level):
             level("amx")
     with pytest.raises(RuntimeError, match=r"is 'amx2'; allowed: generic, .*, amx_emulated, amx"):
         level("amx2")
-
-
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
-def test_the_real_kernels_hold_the_instructions():
-    command = ["objdump", "-d", "--no-show-raw-insn", _C.__file__]
-    listing = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, "LC_ALL": "C"}
-    ).stdout
-    found: dict[str, set[str]] = {}
-    name = ""
-    for line in listing.splitlines():
-        if line.endswith(">:"):
-            name = line.split("<", 1)[1]
-        elif match := re.search(r"\t(tdpbf16ps|tileloadd|tilestored|ldtilecfg|tilerelease)", line):
-            found.setdefault(match[1], set()).add(name)
-    assert set(found) == {"tdpbf16ps", "tileloadd", "tilestored", "ldtilecfg", "tilerelease"}
-    assert all("3amx" in name for names in found.values() for name in names)
-    for op in ("linear", "attention"):
-        assert any(f"{op}_cpu" in name for name in found["ldtilecfg"])
-        assert any(f"{op}_cpu" in name for name in found["tilerelease"])
