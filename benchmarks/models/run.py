@@ -143,7 +143,7 @@ def read(folder: Path | None) -> dict[str, Any]:
     """What is known already; nothing if it was written by something else."""
     path = None if folder is None else folder / f"{NAME}.json"
     if path is not None and path.exists():
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(document.get("models"), dict):
             return document
     return {"environment": {}, "models": {}}
