@@ -25,7 +25,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 PIP := $(BIN)/pip --disable-pip-version-check
 SOURCES := $(shell find csrc bindings -type f) CMakeLists.txt setup.py pyproject.toml
-FORMATTED := $(shell find csrc bindings tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(shell find csrc bindings tests/cpp examples/embed_cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built-cuda-$(ACCELRT_CUDA)
 
 .PHONY: all setup demo test bench bench-blocks bench-models lint format clean
