@@ -6,6 +6,7 @@
 #   make bench-blocks    a transformer block against eager and torch.compile with freezing
 #   make bench-models    the published models at full size, stock against accelrt (an hour or more on a CPU)
 #   make lint    ruff, mypy, clang-format
+#   make docs    the site, in build/site
 #
 # Variables: PYTHON, VENV, TORCH (the torch requirement), ACCELRT_CUDA (auto, 0, 1),
 # ACCELRT_CUDA_ARCHS, WORKERS (test processes), ARGS (passed on to pytest, or to `accelrt`).
@@ -28,7 +29,7 @@ SOURCES := $(shell find csrc bindings -type f) CMakeLists.txt setup.py pyproject
 FORMATTED := $(shell find csrc bindings tests/cpp examples/embed_cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built-cuda-$(ACCELRT_CUDA)
 
-.PHONY: all setup demo test bench bench-blocks bench-models lint format clean
+.PHONY: all setup demo test bench bench-blocks bench-models lint format docs clean
 
 all: setup
 
@@ -82,6 +83,14 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(PIP) install -q --group docs
+	touch $@
+
+# Reads the sources; nothing is built or imported.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build dist *.egg-info accelrt/*.so $(VENV)/.built-cuda-*
