@@ -7,6 +7,7 @@
 #   make bench-models    whole forwards of the published models on the CPU: eager, compiled, accelrt
 #                        (some two hours on two cores; ARGS="--model dit" for one of them)
 #   make lint    ruff, mypy, clang-format
+#   make docs    the site, in build/site
 #
 # Variables: PYTHON, VENV, TORCH (the torch requirement), ACCELRT_CUDA (auto, 0, 1),
 # ACCELRT_CUDA_ARCHS, WORKERS (test processes), ARGS (passed on to pytest, or to `accelrt`).
@@ -26,10 +27,10 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 PIP := $(BIN)/pip --disable-pip-version-check
 SOURCES := $(shell find csrc bindings -type f) CMakeLists.txt setup.py pyproject.toml
-FORMATTED := $(shell find csrc bindings tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(shell find csrc bindings tests/cpp examples/embed_cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built-cuda-$(ACCELRT_CUDA)
 
-.PHONY: all setup demo test bench bench-blocks bench-models lint format clean
+.PHONY: all setup demo test bench bench-blocks bench-models lint format docs clean
 
 all: setup
 
@@ -83,6 +84,14 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(PIP) install -q --group docs
+	touch $@
+
+# Reads the sources; nothing is built or imported.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build dist *.egg-info accelrt/*.so $(VENV)/.built-cuda-*

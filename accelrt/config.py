@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from accelrt.files import parse_json, parse_yaml, read
 from accelrt.memory.sizes import parse_budget
 
 _LENGTHS = (
@@ -22,6 +23,7 @@ RECOMPUTE = ("allow", "never", "always")
 
 
 S = TypeVar("S", bound="Settings")
+T = TypeVar("T")
 
 
 class Settings:
@@ -48,11 +50,7 @@ class Settings:
                 a wrong value; the message names the file.
             OSError: if the file cannot be read.
         """
-        values = read_settings(path)
-        try:
-            return cls.from_dict(values)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        return read_settings(path, cls.from_dict)
 
     def override(self: S, **values: Any) -> S:
         """A copy with some settings replaced.
@@ -157,29 +155,20 @@ class Config(Settings):
         return self.recompute == "always"
 
 
-def read_settings(path: str | Path) -> Any:
-    """What a ``.yaml``, ``.yml`` or ``.json`` file holds; of an empty one an empty mapping.
+def read_settings(path: str | Path, build: Callable[[Any], T]) -> T:
+    """What ``build`` makes of a ``.yaml``, ``.yml`` or ``.json`` file; an empty one is ``{}``.
 
     Raises:
-        ValueError: for another suffix, or a file that does not parse; the message names the file.
+        ValueError: for another suffix, a file that does not parse, or if ``build`` refuses
+            it; the message names the file.
         OSError: if the file cannot be read.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
+    suffix = Path(path).suffix.lower()
     if suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(f"{path}: the suffix is {suffix!r}; allowed: .yaml, .yml, .json")
-    text = path.read_text(encoding="utf-8")
-    values: Any
-    if suffix == ".json":
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-    else:
-        import yaml
+    parse = parse_json if suffix == ".json" else parse_yaml
 
-        try:
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
-    return {} if values is None else values
+    def made(values: Any) -> T:
+        return build({} if values is None else values)
+
+    return read(path, parse, made)

@@ -10,6 +10,7 @@ from torch import nn
 
 from accelrt.config import Config
 from accelrt.errors import UnsupportedModelError
+from accelrt.files import read_json
 from accelrt.report import Summary, describe
 from accelrt.swap import find, restore, swap
 
@@ -69,7 +70,7 @@ def wrap(
     Raises:
         UnsupportedModelError: nothing in it is of a supported class.
         ValueError: for an unknown or wrong setting, or if it is wrapped already.
-        OSError: the file of ``rehash`` cannot be read.
+        OSError: a file of ``rehash`` or ``feedback`` cannot be read.
 
     Source: Feature Slicer and Operator Grouping of Streamlined Inference (arXiv
     2411.01171, section 3), made exact; with ``rehash`` its Step Rehash, too; ``feedback``:
@@ -154,10 +155,13 @@ def feedback_of(given: FeedbackModule | str | Path | None) -> FeedbackModule | N
     """A feedback module, loaded where its folder is given.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or the folder holds something else.
+        OSError: a file cannot be read.
     """
     if given is None:
         return None
+    from diffusers.utils.constants import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+
     from accelrt.feedback.module import FeedbackModule
 
     if isinstance(given, FeedbackModule):
@@ -167,10 +171,33 @@ def feedback_of(given: FeedbackModule | str | Path | None) -> FeedbackModule | N
         raise ValueError(
             f"feedback is {type(given).__name__}; allowed: a FeedbackModule, a folder's path, None"
         )
-    if not (Path(given) / "config.json").is_file():
-        raise ValueError(f"feedback: {given} has no config.json; allowed: the folder of a module")
-    loaded: FeedbackModule = FeedbackModule.from_pretrained(given)
+    for name in ("config.json", SAFETENSORS_WEIGHTS_NAME):
+        if not (Path(given) / name).is_file():
+            raise ValueError(f"feedback: {given} has no {name}; allowed: the folder of a module")
+    # An index of several files could name any, and a module is never so large.
+    if (Path(given) / SAFE_WEIGHTS_INDEX_NAME).exists():
+        raise ValueError(f"feedback: {given} has {SAFE_WEIGHTS_INDEX_NAME}; allowed: one file")
+    read_json(Path(given) / "config.json", _mapping)  # diffusers takes "[]" for a name on the hub
+    info: dict[str, Any]
+    loaded: FeedbackModule
+    try:
+        loaded, info = FeedbackModule.from_pretrained(
+            given, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except OSError:
+        raise
+    except Exception as error:  # what diffusers raises depends on where it notices
+        raise ValueError(f"feedback: {given} holds no module: {error}") from error
+    odd = {*info["missing_keys"], *info["unexpected_keys"]}
+    if odd:
+        raise ValueError(f"feedback: {given} misses or has too many weights: {sorted(odd)[0]}")
     return loaded
+
+
+def _mapping(values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"a config is a mapping of settings; got {type(values).__name__}")
+    return values
 
 
 def _loop(forward: Forward, module: FeedbackModule, target: Any) -> Tracker:

@@ -19,6 +19,7 @@ from accelrt.benchmarking.progress import Progress
 from accelrt.cli.demo import Device, Dtype
 from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
 from accelrt.config import Config
+from accelrt.files import write_text
 
 if TYPE_CHECKING:
     from accelrt.benchmarking.measure import Settings
@@ -248,8 +249,8 @@ def _target(out: Path | None, device: str) -> Path | None:
 def _write(target: Path, document: dict[str, Any], results: Sequence[Measurement]) -> None:
     from accelrt.benchmarking.tables import markdown
 
-    target.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    target.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
+    write_text(target, json.dumps(document, indent=1) + "\n")
+    write_text(target.with_suffix(".md"), markdown(results))
 
 
 def _show(results: Sequence[Measurement], target: Path | None, console: Console) -> None:

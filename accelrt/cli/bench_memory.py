@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from accelrt.cli.errors import EXIT_NEGATIVE
+from accelrt.files import write_text
 
 COLUMNS = ("pipeline", "budget", "planned", "process", "weights", "seconds", "kept")
 
@@ -61,7 +62,7 @@ def bench_memory(
             results.append(measure_apart(name, size, dtype, asked, seed))
         if target is not None:  # after each: a long run may be interrupted
             document = {"environment": environment, "size": size, "calls": results}
-            target.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            write_text(target, json.dumps(document, indent=1) + "\n")
     if as_json:
         typer.echo(json.dumps(results, indent=1))
     else:

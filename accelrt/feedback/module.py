@@ -91,17 +91,21 @@ class FeedbackModule(ModelMixin, ConfigMixin):
         _allowed("enters", enters, ENTERS)
         _allowed("scale_shape", scale_shape, SCALES)
         _allowed("conditioning", conditioning, CONDITIONING)
-        counts = (("start", start, 0), ("length", length, 1), ("passes", passes, 1))
+        counts = (
+            ("width", width, 0), ("start", start, 0), ("length", length, 1), ("passes", passes, 1),
+        )  # fmt: skip
         for name, value, least in counts:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} is {value!r}; allowed: an integer >= {least}")
         self.start, self.length, self.passes = start, length, passes
         self.enters, self.scale_shape, self.conditioning = enters, scale_shape, conditioning
-        self.schedules = {
-            int(steps): FeedbackSchedule.from_dict(int(steps), entry)
-            for steps, entry in (schedules or {}).items()
-        }
-        self.block = BLOCKS[block_class](**(block_config or {}))
+        if not isinstance(learned_scale, bool):
+            raise ValueError(f"learned_scale is {learned_scale!r}; allowed: True, False")
+        self.schedules = _schedules(schedules)
+        try:
+            self.block = BLOCKS[block_class](**(block_config or {}))
+        except Exception as error:  # whatever a constructor of diffusers raises
+            raise ValueError(f"block_config is not one of {block_class}: {error}") from error
         for part in self.block.modules():
             if isinstance(part, LabelEmbedding):
                 part.dropout_prob = 0.0  # who trains says which samples have no label
@@ -222,7 +226,11 @@ class FeedbackModule(ModelMixin, ConfigMixin):
         config: Any = self.config
         if not config.scheduler_class:
             raise ValueError("the feedback module does not say what scheduler it was trained for")
-        cls: Any = getattr(diffusers, config.scheduler_class)
+        cls: Any = getattr(diffusers, str(config.scheduler_class), None)
+        if diffusers.SchedulerMixin not in getattr(cls, "__mro__", ()):
+            raise ValueError(
+                f"scheduler_class is {config.scheduler_class!r}; allowed: a scheduler of diffusers"
+            )
         return cls.from_config(dict(config.scheduler_config or {}))
 
     def blocks_run(self, count: int, feedback: bool) -> int:
@@ -332,6 +340,17 @@ def block_arguments(block: Any, model: Any) -> dict[str, Any]:
             raise ValueError(f"{type(block).__name__} does not tell its {name}")
         found[name] = value
     return found
+
+
+def _schedules(given: Any) -> dict[int, FeedbackSchedule]:
+    """By number of steps that they stand for, from the values of a configuration."""
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not all(str(steps).isdecimal() for steps in given):
+        raise ValueError(f"schedules are {given!r}; allowed: a mapping from numbers of steps")
+    return {
+        int(steps): FeedbackSchedule.from_dict(int(steps), entry) for steps, entry in given.items()
+    }
 
 
 def _allowed(name: str, value: Any, values: tuple[str, ...]) -> None:

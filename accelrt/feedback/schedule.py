@@ -33,15 +33,22 @@ class FeedbackSchedule:
     ahead: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.stands_for < 1:
-            raise ValueError(f"stands_for is {self.stands_for}; allowed: at least 1")
-        if not self.feedback or not all(isinstance(on, bool) for on in self.feedback):
+        if not _is_integer(self.stands_for) or self.stands_for < 1:
+            raise ValueError(f"stands_for is {self.stands_for!r}; allowed: at least 1")
+        if (
+            not isinstance(self.feedback, tuple)
+            or not self.feedback
+            or not all(isinstance(on, bool) for on in self.feedback)
+        ):
             raise ValueError(f"feedback is {self.feedback!r}; allowed: true or false for each step")
-        if not 0 <= self.ahead < 1:
-            raise ValueError(f"ahead is {self.ahead}; allowed: 0 to below 1")
+        ahead = self.ahead
+        if not isinstance(ahead, (int, float)) or isinstance(ahead, bool) or not 0 <= ahead < 1:
+            raise ValueError(f"ahead is {ahead!r}; allowed: 0 to below 1")
         times = self.timesteps
         if times is None:
             return
+        if not isinstance(times, tuple) or not all(map(_is_integer, times)):
+            raise ValueError(f"timesteps are {times!r}; allowed: integers")
         if len(times) != len(self.feedback):
             raise ValueError(
                 f"{len(times)} timesteps for {len(self.feedback)} values of feedback; allowed: as "
@@ -90,16 +97,21 @@ class FeedbackSchedule:
         Raises:
             ValueError: for an unknown key or a wrong value.
         """
-        unknown = sorted(set(values) - {"feedback", "timesteps", "ahead"})
+        if not isinstance(values, dict):
+            raise ValueError(f"a schedule is a mapping; got {type(values).__name__}")
+        unknown = sorted(map(str, set(values) - {"feedback", "timesteps", "ahead"}))
         if unknown:
             raise ValueError(f"unknown key {unknown[0]!r}; allowed: ahead, feedback, timesteps")
-        times = values.get("timesteps")
-        return cls(
-            stands_for=stands_for,
-            feedback=tuple(values.get("feedback", ())),
-            timesteps=None if times is None else tuple(int(t) for t in times),
-            ahead=float(values.get("ahead", 0.0)),
-        )
+
+        def listed(name: str) -> Any:
+            value = values.get(name)
+            return tuple(value) if isinstance(value, (list, tuple)) else value
+
+        return cls(stands_for, listed("feedback"), listed("timesteps"), values.get("ahead", 0.0))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def shrinking(first: int, outer: int, last: int = 0, floor: int = FLOOR) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 AUTO, MIN = "auto", "min"
@@ -30,9 +31,9 @@ def parse_budget(value: int | str) -> int | str:
             return text
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b)", text)
         if match and match[2] in _UNITS:
-            count = int(float(match[1]) * _UNITS[match[2]])
-            if count > 0:
-                return count
+            count = float(match[1]) * _UNITS[match[2]]
+            if 1 <= count < math.inf:
+                return int(count)
     raise ValueError(
         f"memory_budget is {value!r}; allowed: a number of bytes above 0, a string such as "
         f"'4GiB' or '512 MiB', 'auto', 'min'"

@@ -8,6 +8,7 @@ as bytes of its kernel. The views that cut a slice out take time as well.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accelrt import ops
+from accelrt.files import write_text
 from accelrt.groups.products import attention, linear
 
 VERSION = 3
@@ -142,25 +144,31 @@ def _processor() -> str:
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 
 
 def _from_file(values: dict[str, Any]) -> Machine:
-    """JSON has lists in place of pairs."""
+    """JSON has lists in place of pairs.
+
+    Raises:
+        ValueError, TypeError, KeyError: these are no rates; they are measured anew.
+    """
     for name in ("product_rates", "attention_rates"):
         values = {**values, name: tuple((int(r), float(f)) for r, f in values[name])}
-    return Machine(**values)
+    made = Machine(**values)
+    pairs = (*made.product_rates, *made.attention_rates)
+    single = (v for v in vars(made).values() if not isinstance(v, tuple))
+    if not pairs or not all(0 < float(v) < math.inf for v in (*single, *itertools.chain(*pairs))):
+        raise ValueError(f"no rates: {values}")
+    return made
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    """Replace the file at once, so that no reader sees half of it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}")
-        part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_text(path, json.dumps(values, indent=1) + "\n")
     except OSError:
         return  # with a read-only home it is measured once per process
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from accelrt.errors import UnsupportedModelError
+from accelrt.files import read_json
 
 
 def from_folder(path: Path, dtype: torch.dtype) -> Any:
@@ -26,30 +26,40 @@ def from_folder(path: Path, dtype: torch.dtype) -> Any:
 
     Raises:
         UnsupportedModelError: the folder is neither, or names a class that is not known.
+        ValueError: a configuration does not parse; the message names the file.
+        OSError: a configuration is missing.
     """
     import diffusers
 
     index, single = path / "model_index.json", path / "config.json"
     if index.is_file():
-        values = json.loads(index.read_text(encoding="utf-8"))
+        values = read_json(index, _mapping)
         components: dict[str, Any] = {}
         for name, entry in values.items():
             if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None:
+                if Path(name).name != name or not all(isinstance(part, str) for part in entry):
+                    raise UnsupportedModelError(f"{index}: {name!r} is no component")
                 component = _component(path / name, *entry)
                 if component is not None:
                     components[name] = _cast(component, dtype)
-        pipeline = getattr(diffusers, values.get("_class_name", ""), None)
+        pipeline = getattr(diffusers, str(values.get("_class_name", "")), None)
         image = (
             isinstance(pipeline, type)
             and "image" in inspect.signature(pipeline.__call__).parameters
         )
         return SimpleNamespace(components=components, takes_image=image, **components)
     if single.is_file():
-        name = json.loads(single.read_text(encoding="utf-8")).get("_class_name", "")
+        name = str(read_json(single, _mapping).get("_class_name", ""))
         model = _component(path, "diffusers", name)
         if model is not None:
             return _cast(model, dtype)
     raise UnsupportedModelError(f"{path} holds neither a pipeline nor a model of diffusers")
+
+
+def _mapping(values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise UnsupportedModelError(f"a mapping was expected; got {type(values).__name__}")
+    return values
 
 
 def _component(path: Path, library: str, name: str) -> Any:
@@ -62,8 +72,10 @@ def _component(path: Path, library: str, name: str) -> Any:
             raise UnsupportedModelError(f"{path} is of a class that diffusers lacks: {name}")
         if not isinstance(cls, type) or not issubclass(cls, nn.Module):
             return None
+        # A folder that is not there would be looked for on the hub.
+        settings = read_json(path / "config.json", _mapping)
         with torch.device("meta"):
-            return cls.from_config(cls.load_config(path))  # type: ignore[attr-defined]
+            return cls.from_config(settings)  # type: ignore[attr-defined]
     if library == "transformers" and (path / "config.json").is_file():
         import transformers
 

@@ -12,6 +12,7 @@ from jinja2 import Environment as Templates
 from jinja2 import PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from accelrt.files import write_text
 from accelrt.memory.sizes import bytes_text
 from accelrt.quality import Comparison
 from accelrt.reporting.environment import Environment
@@ -60,7 +61,7 @@ def write_page(
         created=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         version=environment.build.get("accelrt", ""),
     )
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def data_uri(path: Path) -> Markup:

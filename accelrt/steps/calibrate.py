@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from accelrt.files import read_json, write_text
+
 from .boundary import Boundary
-from .files import read_json
 from .policies import Schedule, walk
 from .predictors import LearnedLinear, Predictor, Reuse
 from .rehash import FEATURES, TIMES, Origin, Rehash
@@ -318,7 +319,7 @@ class Calibration:
     def save(self, path: str | Path) -> None:
         """Write a JSON file."""
         text = json.dumps(self.to_dict(), allow_nan=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelrt.files import read_json, write_text
 from accelrt.memory.sizes import parse_budget
 
 from .boundary import DEFAULT, PUBLISHED, Boundary
-from .files import read_json
 from .policies import Interval, Policy, Schedule, Threshold, Verified
 from .predictors import AdamsBashforth, Hermite, LearnedLinear, Predictor, Reuse, Taylor
 
@@ -41,6 +41,9 @@ class Origin:
         steps: of the request.
         weights: norms of some parameters, which other weights would not have.
         model_id: where the model was loaded from; for people, not compared.
+
+    Raises:
+        ValueError: for a value of another type, naming it.
     """
 
     model: str
@@ -53,6 +56,11 @@ class Origin:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(map(float, self.weights)))
+        for name in ("model", "model_hash", "scheduler", "scheduler_hash", "model_id"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"Origin: {name} is {getattr(self, name)!r}; allowed: a string")
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            raise ValueError(f"Origin: steps is {self.steps!r}; allowed: an integer >= 1")
 
 
 @dataclass(frozen=True)
@@ -183,7 +191,7 @@ class Rehash:
         values = self.to_dict()
         if about:
             values["about"] = dict(about)
-        Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(values, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Rehash:
@@ -212,16 +220,16 @@ def _named(value: Policy | Predictor, table: Mapping[str, type]) -> dict[str, An
 
 
 def _built(what: str, values: Any, table: Mapping[str, type]) -> Any:
-    if not isinstance(values, Mapping) or values.get("kind") not in table:
-        kind = values.get("kind") if isinstance(values, Mapping) else values
+    kind = values.get("kind") if isinstance(values, Mapping) else values
+    if not isinstance(values, Mapping) or not isinstance(kind, str) or kind not in table:
         raise ValueError(f"{what}: kind is {kind!r}; allowed: {', '.join(table)}")
     arguments = {key: value for key, value in values.items() if key != "kind"}
-    return _record(f"{what} {values['kind']}", arguments, table[values["kind"]])
+    return _record(f"{what} {kind}", arguments, table[kind])
 
 
 def _record(what: str, values: Mapping[str, Any], kind: Any) -> Any:
     _known(what, values, [f.name for f in dataclasses.fields(kind)])
     try:
         return kind(**values)
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{what}: {error}") from error

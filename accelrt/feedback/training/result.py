@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelrt.feedback.module import FeedbackModule
+from accelrt.files import write_text
 
 from .validation import Row
 
@@ -74,4 +75,4 @@ def plain(rows: dict[str, Row]) -> dict[str, dict[str, Any]]:
 
 def write(path: Path, values: Any) -> None:
     """JSON, to be read by people too."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=2) + "\n")
