@@ -34,6 +34,7 @@ _VIEWS = frozenset(
         "_reshape_alias", "_unsafe_view",
     )
 )  # fmt: skip
+_TENSOR_TYPES = ("Tensor", "Optional[Tensor]")
 _OVERWRITES = frozenset(("copy_", "fill_", "zero_", "normal_", "uniform_"))
 _CREATED = frozenset(("zeros", "ones", "full", "arange", "zeros_like", "ones_like", "randn"))
 #: Where convolutions have their stride, padding and dilation.
@@ -71,7 +72,7 @@ def cost_of(name: str, arguments: tuple[Argument, ...]) -> Cost:
     if plain in _VIEWS or space not in ("aten", "accelrt", "mkldnn") or not arguments:
         return Cost()
     sizes = [_bytes(argument) for argument in arguments]
-    written = _written(name, len(arguments))
+    written = _written(name, tuple(_is_tensor(argument) for argument in arguments))
     moved = sum(sizes)
     if plain.endswith("_") and plain not in _OVERWRITES:  # what is written was read as well
         moved += sum(sizes[i] for i in written)
@@ -87,15 +88,30 @@ def _bytes(argument: Argument) -> int:
     return math.prod(shape) * _SIZES.get(dtype, 0)
 
 
+def _is_tensor(argument: Argument) -> bool | None:
+    """``None`` for an argument that is not there."""
+    _, dtype, _ = argument
+    return None if not dtype else dtype in _SIZES
+
+
 @functools.lru_cache(maxsize=1024)
-def _written(name: str, count: int) -> tuple[int, ...]:
-    """Which of ``count`` arguments an operator writes, where its overloads agree on that."""
+def _written(name: str, tensors: tuple[bool | None, ...]) -> tuple[int, ...]:
+    """Which arguments an operator writes, where the overloads that take them agree on that.
+
+    Args:
+        name: with its namespace.
+        tensors: which arguments are; see :func:`_is_tensor`.
+    """
     space, _, plain = name.partition("::")
     packet = getattr(getattr(torch.ops, space), plain, None)
     found = set()
     for overload in packet.overloads() if packet is not None else ():
         arguments = getattr(packet, overload)._schema.arguments
-        if len(arguments) == count:
+        fits = len(arguments) == len(tensors) and all(
+            is_tensor is None or is_tensor == (str(argument.type) in _TENSOR_TYPES)
+            for argument, is_tensor in zip(arguments, tensors, strict=True)
+        )
+        if fits:
             found.add(
                 tuple(
                     i

@@ -104,7 +104,7 @@ def _depths(spans: Sequence[Span]) -> list[int]:
 
 
 def draw_memory(profile: Profile, path: Path | IO[bytes]) -> None:
-    """Live tensors over time; and, with an arena, what lies where in it during one step.
+    """Live tensors over time; and, with an arena, what lies where in it during one call of a model.
 
     Args:
         profile: to be drawn.
@@ -143,12 +143,13 @@ def draw_memory(profile: Profile, path: Path | IO[bytes]) -> None:
 
 
 def _blocks(profile: Profile) -> list[list[int]]:
-    """What the arena gave during one step, or one call where there are no steps."""
-    steps = [span for span in profile.analysis.spans if span.kind == STEP]
-    window = next((span for span in steps if span.step == 1), steps[0] if steps else None)
-    if window is None:
-        return profile.blocks
-    return [block for block in profile.blocks if window.begin <= block[2] < window.end]
+    """What the arena gave during one call of a model: the call with the most of it."""
+    calls = [
+        [block for block in profile.blocks if span.begin <= block[2] < span.end]
+        for span in profile.analysis.spans
+        if span.kind == COMPONENT
+    ]
+    return max(calls, key=len, default=[])
 
 
 def _layout(axis: Axes, blocks: list[list[int]], origin: int) -> None:
@@ -169,7 +170,7 @@ def _layout(axis: Axes, blocks: list[list[int]], origin: int) -> None:
     axis.set_ylim(0, 1.05 * max(offset + size for offset, size, _, _ in blocks) / MIB)
     axis.set_xlabel("s")
     axis.set_ylabel("offset in the slab, MiB")
-    axis.set_title("the arena's layout during one step", fontsize=9, loc="left")
+    axis.set_title("the arena's layout during one call of a model", fontsize=9, loc="left")
 
 
 def draw_steps(profile: Profile, path: Path | IO[bytes]) -> None:

@@ -295,8 +295,8 @@ def _put(
     def undo() -> None:
         if owner.__dict__.get(name) is not method:
             return  # somebody else came after, and keeps ours, which passes through
-        if own is missing:
-            del owner.__dict__[name]
+        if own is missing or getattr(own, "released", False):
+            del owner.__dict__[name]  # unwrapped in the meantime, perhaps
         else:
             owner.__dict__[name] = own
 

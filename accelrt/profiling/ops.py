@@ -19,6 +19,8 @@ from .cost import Shape, cost_of
 
 _autograd: Any = torch.autograd  # not all of it is in its type stubs
 _ANCHOR = "accelrt.anchor"
+#: The profiler's clock is compared with ours so often; the tightest comparison counts.
+ANCHORS = 8
 _MEMORY = "[memory]"
 #: Above torch's own levels: its profiler reports its start on the error output otherwise.
 _QUIET = ("KINETO_LOG_LEVEL", "9")
@@ -98,7 +100,7 @@ class OpRecorder:
         self.every = every
         self._cuda = cuda
         self._profiler: Any = None
-        self._anchor = 0
+        self._anchors: list[int] = []
 
     def start(self) -> None:
         """Begin."""
@@ -112,8 +114,9 @@ class OpRecorder:
                 activities=kinds, record_shapes=self.every > 0, profile_memory=True
             )
             self._profiler.__enter__()
-        with torch.profiler.record_function(_ANCHOR):
-            self._anchor = time.perf_counter_ns()
+        for _ in range(ANCHORS):
+            with torch.profiler.record_function(_ANCHOR):
+                self._anchors.append(time.perf_counter_ns())
         self._switch(self.every > 0)
 
     def on_step(self, index: int) -> None:
@@ -134,7 +137,7 @@ class OpRecorder:
             self._profiler.__exit__(None, None, None)
         events = self._profiler.profiler.kineto_results.events()
         self._profiler = None
-        return read(events, self._anchor)
+        return read(events, self._anchors)
 
     def _switch(self, on: bool) -> None:
         _autograd._enable_record_function(on)
@@ -152,19 +155,23 @@ def _quiet() -> Iterator[None]:
             del os.environ[name]
 
 
-def read(events: Sequence[Any], anchor: int) -> Recorded:
+def read(events: Sequence[Any], anchors: Sequence[int]) -> Recorded:
     """Operators, allocations and kernels out of the events of torch's profiler.
 
     Args:
         events: as the profiler has them.
-        anchor: the profile's clock within the event of that name.
+        anchors: the profile's clock, read within each of the events that mark it.
     """
-    first = next((event for event in events if event.name() == _ANCHOR), None)
-    if first is None:
+    marks = sorted(
+        (event for event in events if event.name() == _ANCHOR), key=lambda event: event.start_ns()
+    )
+    if not marks:
         return Recorded()
-    thread = first.start_thread_id()
-    # The clock was read between the event's ends, closer to its end.
-    shift = anchor - first.end_ns()
+    thread = marks[0].start_thread_id()
+    mark, clock = min(
+        zip(marks, anchors, strict=False), key=lambda pair: int(pair[0].duration_ns())
+    )
+    shift = clock - mark.end_ns()  # read last thing in it
     found = Recorded()
     host, launches, device, memory = [], {}, [], []
     for event in events:
