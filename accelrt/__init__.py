@@ -9,6 +9,10 @@
     print(accelrt.summary(pipe))             # what is fused, what is sliced, what is not
     accelrt.unwrap(pipe)                     # exactly as it was
 
+    with accelrt.profile(pipe) as prof:      # what ran, by name
+        pipe("a digit bouncing")
+    prof.save("trace.json")
+
 Settings go through :class:`Config` or as keywords: ``accelrt.wrap(pipe, frames_per_slice=2)``.
 The fused operators are in :mod:`accelrt.ops`, their pure-torch truth in
 :mod:`accelrt.reference`, memory measurement in :mod:`accelrt.memory`.
@@ -16,6 +20,7 @@ The fused operators are in :mod:`accelrt.ops`, their pure-torch truth in
 
 from accelrt.config import Config
 from accelrt.errors import BudgetError, UnsupportedModelError
+from accelrt.profiling import Profile, profile
 from accelrt.quality.calibrate import calibrate
 from accelrt.steps import Rehash
 from accelrt.wrap import is_wrapped, plan, reset, summary, unwrap, wrap
@@ -25,12 +30,14 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetError",
     "Config",
+    "Profile",
     "Rehash",
     "UnsupportedModelError",
     "__version__",
     "calibrate",
     "is_wrapped",
     "plan",
+    "profile",
     "reset",
     "summary",
     "unwrap",

@@ -15,6 +15,7 @@ from accelrt.cli.distill import distill
 from accelrt.cli.doctor import doctor
 from accelrt.cli.errors import set_debug
 from accelrt.cli.plan import plan
+from accelrt.cli.profile import profile
 
 EPILOG = (
     "Exit codes: 0 done; 1 the finding is negative (`doctor`: not usable here; `demo`: an "
@@ -77,6 +78,9 @@ app.command(
     "unsupported model or data, or a training with other settings in --out."
 )(distill)
 app.command(epilog="Exit codes: 0 done; 2 a budget that cannot be met, or wrong arguments.")(plan)
+app.command(epilog="Exit codes: 0 done; 2 wrong arguments, missing files or an unsupported model.")(
+    profile
+)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -101,7 +101,25 @@ def starts(total: int, step: int, like: Tensor) -> Iterable[int]:
         like: any tensor of the group; on a meta tensor a probe leaves slices out.
     """
     probe = current_probe(like)
-    return range(0, total, step) if probe is None else _probed(range(0, total, step), probe)
+    if probe is not None:
+        return _probed(range(0, total, step), probe)
+    return range(0, total, step) if _on_slice is None else _told(range(0, total, step), _on_slice)
+
+
+SliceWatch = Callable[[int], None]
+_on_slice: SliceWatch | None = None
+
+
+def watch_slices(watch: SliceWatch | None) -> None:
+    """Tell ``watch`` the index of every slice that starts, in any thread; ``None``: nobody."""
+    global _on_slice
+    _on_slice = watch
+
+
+def _told(all_starts: range, watch: SliceWatch) -> Iterator[int]:
+    for index, start in enumerate(all_starts):
+        watch(index)
+        yield start
 
 
 def _probed(all_starts: range, probe: Probe) -> Iterator[int]:

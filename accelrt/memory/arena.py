@@ -22,7 +22,7 @@ import ctypes
 import math
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -157,6 +157,7 @@ class Arena:
         self._offsets: Sequence[int] = ()
         self._next = 0
         self._core: _C.Arena | None = None
+        self._address = 0
         if device.type == "meta":
             return
         alignment = alignment_of(device)
@@ -189,8 +190,8 @@ class Arena:
         if self.device.type == "cpu":
             return_free_memory()  # what another model's slices left in the heap
         if slab_bytes > 0:
-            address, owner = _make_slab(slab_bytes, self.device)
-            core.set_slab(address, slab_bytes, owner)
+            self._address, owner = _make_slab(slab_bytes, self.device)
+            core.set_slab(self._address, slab_bytes, owner)
 
     def release(self) -> None:
         """Forget the slab; its memory returns when its last tensor dies."""
@@ -249,6 +250,8 @@ class Arena:
             return _ordinary(self.device, shape, dtype, channels_last)
         tensor = from_dlpack(capsule)
         note_created(tensor)
+        if _on_block is not None:
+            _on_block(self, tensor, tensor.data_ptr() - self._address)
         return tensor if typed else tensor.view(dtype).as_strided(shape, strides)
 
     def reset_peak(self) -> None:
@@ -292,6 +295,19 @@ def return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+BlockWatch = Callable[[Arena, Tensor, int], None]
+_on_block: BlockWatch | None = None
+
+
+def watch_blocks(watch: BlockWatch | None) -> None:
+    """Tell ``watch`` of every tensor that an arena gives: which arena, the tensor, its offset.
+
+    In any thread; ``None``: nobody is told.
+    """
+    global _on_block
+    _on_block = watch
 
 
 _local = threading.local()

@@ -22,7 +22,7 @@ from accelrt.steps.session import Step
 from accelrt.steps.stepper import Stepper
 
 from .family import Family, random_modules
-from .stages import Observer, Stage, execute
+from .stages import Observer, Stage, Watcher, execute
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ class Forward:
         self.config = config
         self.path = path
         self.observer: Observer | None = None
+        self.watcher: Watcher | None = None
         self.stock_reason = ""
         self.replaced: Any = None
         self._structure: tuple[Any, ...] | None = None
@@ -194,6 +195,16 @@ class Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, with its signature and return type."""
+        watcher = self.watcher
+        if watcher is None:
+            return self._call(*args, **kwargs)
+        watcher.begin()
+        try:
+            return self._call(*args, **kwargs)
+        finally:
+            watcher.end()
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
         stock = type(module).forward
         try:

@@ -38,6 +38,16 @@ class Observer(Protocol):
         """``group`` has run; ``state.hidden`` is its output."""
 
 
+class Watcher(Protocol):
+    """Is told of the calls of a model: profilers."""
+
+    def begin(self) -> None:
+        """A call of the model begins."""
+
+    def end(self) -> None:
+        """The call has ended, also by an exception."""
+
+
 def execute(stages: Sequence[Stage], state: State, observer: Observer | None = None) -> State:
     """Run ``stages`` in order. Without an observer this is a plain loop.
 

@@ -127,6 +127,12 @@ class _Hook:
         self.__doc__ = getattr(self._kind, name).__doc__
 
     @property
+    def released(self) -> bool:
+        """Nobody is told any more: it may go, whoever holds it."""
+        tracker, scheduler = self._tracker(), self._scheduler()
+        return tracker is None or scheduler not in tracker._hooked
+
+    @property
     def __signature__(self) -> inspect.Signature:
         # Pipelines ask which arguments a scheduler takes.
         if self.inner is not None:
