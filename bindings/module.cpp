@@ -45,8 +45,7 @@ py::dict build_info() {
 accelrt::DType dtype_of(const std::string& name) {
   if (name == "float32") return accelrt::DType::kFloat32;
   if (name == "bfloat16") return accelrt::DType::kBFloat16;
-  ACCELRT_CHECK(name == "float16", "dtype is '", name,
-                "'; allowed: float32, bfloat16, float16");
+  ACCELRT_CHECK(name == "float16", "dtype is '", name, "'; allowed: float32, bfloat16, float16");
   return accelrt::DType::kFloat16;
 }
 

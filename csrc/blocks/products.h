@@ -24,8 +24,9 @@ class Products {
  public:
   virtual ~Products() = default;
 
-  // out = epilogue(x weight^T + bias). x: [M, K], weight: [N, K], bias: [N], out: [M, N] (weight and
-  // bias [2 N, ..] with a GEGLU); the last strides are one, the row strides free. out overlaps no input.
+  // out = epilogue(x weight^T + bias). x: [M, K], weight: [N, K], bias: [N], out: [M, N] (weight
+  // and bias [2 N, ..] with a GEGLU); the last strides are one, the row strides free. out overlaps
+  // no input.
   virtual void linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
                       const Epilogue& epilogue, const TensorView& out, Stream stream) = 0;
 

@@ -33,8 +33,8 @@ void linear(const TensorView& x, const TensorView& weight, const OptionalView& b
   check_matrix("out", out, x, rows, columns);
   if (bias) {
     check_same_type(kOp, "bias", *bias, x);
-    ACCELRT_CHECK(bias->ndim == 1 && bias->size[0] == weight_rows, kOp,
-                  ": bias is not of shape [", weight_rows, "]");
+    ACCELRT_CHECK(bias->ndim == 1 && bias->size[0] == weight_rows, kOp, ": bias is not of shape [",
+                  weight_rows, "]");
     check_unit_stride(kOp, "bias", *bias);
   }
   ACCELRT_CHECK(!gate || epilogue == LinearEpilogue::kGatedResidual, kOp,
