@@ -399,3 +399,11 @@ CASES = [
     Case("weighted_sum", "AnimateDiff 32x320x64x64, 2 slots", "memory",
          weighted_sum((32, 320, 64, 64), 2)),
 ]  # fmt: skip
+
+# What levels.py measures of them: one size of each operator, as the models have it.
+LEVEL_SIZES = {
+    "AnimateDiff 32x320x64x64", "PixArt 2x4096x1152", "DiT 2x256x1152", "AnimateDiff 32768x1280",
+    "PixArt 8192x4608", "8192x4608", "8192x1280", "PixArt 512 2x1024, 16x72",
+    "AnimateDiff 2x16x4096, 8x40", "SVD 28x320x32x56", "2x4x16x64x64", "PixArt 2x4096x1152, L2",
+    "PixArt 2x4096x1152, 3 slots",
+}  # fmt: skip
