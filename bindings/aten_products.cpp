@@ -9,6 +9,7 @@
 #include "accelrt/cpu_isa.h"
 #include "kernels/activation/activation.h"
 #include "kernels/attention/attention.h"
+#include "kernels/geglu/geglu.h"
 #include "kernels/residual_blend/residual_blend.h"
 
 // Since torch 2.13: what went wrong in the last call. Weak, so that this object loads under 2.11.
@@ -68,6 +69,14 @@ void AtenProducts::linear(const TensorView& x, const TensorView& weight, const O
                                                                  : ActivationKind::kGELUTanh,
                           out, stream);
       return;
+    case LinearEpilogue::kGEGLU:
+    case LinearEpilogue::kGEGLUTanh:
+      plain_linear(x, weight, bias, epilogue.scratch);
+      accelrt::geglu(epilogue.scratch, std::nullopt,
+                     epilogue.kind == LinearEpilogue::kGEGLU ? ActivationKind::kGELU
+                                                             : ActivationKind::kGELUTanh,
+                     out, stream);
+      return;
     case LinearEpilogue::kGatedResidual: break;
   }
   // Not addcmul: the stable ABI cannot pass its Scalar.
@@ -109,27 +118,28 @@ void AtenProducts::attention(const TensorView& q, const TensorView& k, const Ten
   torch::stable::copy_(target, mixed);
 }
 
-namespace {
-
 // Measured on Zen 4, against oneDNN and MKL: bfloat16 205 to 215 GFLOP/s for 180 to 208, float32
 // 93 for 80 up to here and 80 for 90 at a depth of 4608, float16 98 for 21.
 constexpr int64_t kMaxFloatDepth = 2304;
 
-bool ours_is_faster(const TensorView& x) {
-  switch (x.dtype) {
+bool own_linear_is_faster(DType dtype, int64_t depth) {
+  switch (dtype) {
     case DType::kBFloat16: return active_isa() >= Isa::kAVX512BF16;
     case DType::kFloat16: return active_isa() >= Isa::kAVX512;
-    case DType::kFloat32: return active_isa() >= Isa::kAVX512 && x.size[1] <= kMaxFloatDepth;
+    case DType::kFloat32: return active_isa() >= Isa::kAVX512 && depth <= kMaxFloatDepth;
   }
   return false;
 }
 
-}  // namespace
+bool own_attention_is_faster(DType dtype, int64_t head_dim) {
+  const Isa needed = dtype == DType::kBFloat16 ? Isa::kAVX512BF16 : Isa::kAVX512;
+  return active_isa() >= needed && head_dim <= kMaxAttentionDim;
+}
 
 void FastestProducts::linear(const TensorView& x, const TensorView& weight,
                              const OptionalView& bias, const Epilogue& epilogue,
                              const TensorView& out, Stream stream) {
-  const bool ours = x.device == Device::kCPU && ours_is_faster(x);
+  const bool ours = x.device == Device::kCPU && own_linear_is_faster(x.dtype, x.size[1]);
   if (!ours) {
     AtenProducts::linear(x, weight, bias, epilogue, out, stream);
     return;
@@ -140,9 +150,7 @@ void FastestProducts::linear(const TensorView& x, const TensorView& weight,
 void FastestProducts::attention(const TensorView& q, const TensorView& k, const TensorView& v,
                                 const OptionalView& bias, double scale, const TensorView& out,
                                 Stream stream) {
-  const bool vectors =
-      q.dtype == DType::kBFloat16 ? active_isa() >= Isa::kAVX512BF16 : active_isa() >= Isa::kAVX512;
-  if (q.device == Device::kCPU && vectors && q.size[3] <= kMaxAttentionDim) {
+  if (q.device == Device::kCPU && own_attention_is_faster(q.dtype, q.size[3])) {
     accelrt::attention(q, k, v, bias, scale, out, stream);
   } else {
     AtenProducts::attention(q, k, v, bias, scale, out, stream);

@@ -28,6 +28,11 @@ class AtenProducts : public Products {
   torch::headeronly::ScalarType dtype_;
 };
 
+// Whether our product of rows with `depth` elements, or our attention over heads with `head_dim`
+// channels, is ahead of torch's on this processor.
+bool own_linear_is_faster(DType dtype, int64_t depth);
+bool own_attention_is_faster(DType dtype, int64_t head_dim);
+
 // On the CPU our kernels where they are ahead of torch's; torch's operators otherwise.
 class FastestProducts : public AtenProducts {
  public:

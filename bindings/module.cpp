@@ -5,6 +5,7 @@
 
 #include "accelrt/cpu_isa.h"
 #include "accelrt/parallel.h"
+#include "aten_products.h"
 #include "memory.h"
 
 namespace py = pybind11;
@@ -40,6 +41,14 @@ py::dict build_info() {
   return info;
 }
 
+accelrt::DType dtype_of(const std::string& name) {
+  if (name == "float32") return accelrt::DType::kFloat32;
+  if (name == "bfloat16") return accelrt::DType::kBFloat16;
+  ACCELRT_CHECK(name == "float16", "dtype is '", name,
+                "'; allowed: float32, bfloat16, float16");
+  return accelrt::DType::kFloat16;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -53,5 +62,19 @@ PYBIND11_MODULE(_C, m) {
       "The instruction set in use (see ACCELRT_CPU_ISA).");
   m.def("set_isa", &accelrt::set_isa, py::arg("name"),
         "Force 'generic', 'avx2', 'avx512' or 'avx512bf16' in this process.");
+  m.def(
+      "own_linear_is_faster",
+      [](const std::string& dtype, int64_t depth) {
+        return accelrt::bindings::own_linear_is_faster(dtype_of(dtype), depth);
+      },
+      py::arg("dtype"), py::arg("depth"),
+      "Whether `linear` on the CPU is ahead of torch's for rows of `depth` elements.");
+  m.def(
+      "own_attention_is_faster",
+      [](const std::string& dtype, int64_t head_dim) {
+        return accelrt::bindings::own_attention_is_faster(dtype_of(dtype), head_dim);
+      },
+      py::arg("dtype"), py::arg("head_dim"),
+      "Whether `attention` on the CPU is ahead of torch's for this head dim.");
   accelrt::bindings::bind_memory(m);
 }

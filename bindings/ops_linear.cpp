@@ -23,7 +23,7 @@ void linear_cuda_op(const Tensor& x, const Tensor& weight, const OptionalTensor&
   what.kind = static_cast<LinearEpilogue>(epilogue);
   what.gate = view_of(gate);
   what.rows_per_sample = rows_per_sample;
-  const Tensor scratch = torch::stable::new_empty(out, {out.size(0), out.size(1)});
+  const Tensor scratch = torch::stable::new_empty(out, {out.size(0), weight.size(0)});
   what.scratch = view_of(scratch);
   AtenProducts(x).linear(view_of(x), view_of(weight), view_of(bias), what, view_of(out),
                          scope.stream());

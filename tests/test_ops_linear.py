@@ -36,6 +36,9 @@ def stock(x, weight, bias, activation=None):
     y = F.linear(x, weight, bias)
     if activation is None:
         return y
+    if activation.startswith("geglu"):
+        value, gate = y.chunk(2, dim=1)
+        return value * F.gelu(gate, approximate="tanh" if activation == "geglu_tanh" else "none")
     return F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
@@ -52,7 +55,7 @@ def test_matches_the_truth(shape, dtype, device):
     x, weight, bias = inputs(shape, dtype, device)
     check(ops.linear(x, weight, bias), x, weight, bias)
     check(ops.linear(x, weight), x, weight, None)
-    for activation in ("gelu", "gelu_tanh"):
+    for activation in ("gelu", "gelu_tanh", *(("geglu",) if shape[1] % 2 == 0 else ())):
         y = ops.linear(x, weight, bias, activation=activation)
         check(y, x, weight, bias, activation)
 
@@ -62,6 +65,17 @@ def test_every_isa(isa, dtype):
     for shape in SHAPES:
         x, weight, bias = inputs(shape, dtype)
         check(ops.linear(x, weight, bias), x, weight, bias)
+
+
+@pytest.mark.parametrize("activation", ["geglu", "geglu_tanh"])
+@all_dtypes
+def test_geglu(isa, dtype, activation):
+    for rows, columns, depth in ((1, 1, 1), (13, 33, 65), (7, 16, 31), (29, 49, 64)):
+        x, weight, bias = inputs((rows, 2 * columns, depth), dtype)
+        y = ops.linear(x, weight, bias, activation=activation)
+        assert y.shape == (rows, columns)
+        check(y, x, weight, bias, activation)
+        check(ops.linear(x, weight, activation=activation), x, weight, None, activation)
 
 
 @all_dtypes
@@ -139,6 +153,8 @@ def test_errors_name_the_operator_and_the_value():
         ops.linear(x.t().contiguous().t(), weight, bias)
     with pytest.raises(ValueError, match=r"linear.*activation is 'relu'"):
         ops.linear(x, weight, bias, activation="relu")
+    with pytest.raises(ValueError, match=r"linear.*weight has 3 rows; geglu needs an even"):
+        ops.linear(x, weight[:3], activation="geglu")
     with pytest.raises(ValueError, match=r"linear.*gate needs add_to"):
         ops.linear(x, weight, bias, gate=torch.ones(1, 4))
     with pytest.raises(ValueError, match=r"linear.*add_to excludes"):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from accelrt import ops
 
+from .products import attention, project
 from .recognise import is_inactive_dropout, is_plain, is_plain_linear, is_row_wise
 
 MAX_FRAMES = 64
@@ -48,8 +49,8 @@ def attention_reason(module: nn.Module, *, in_vae: bool = False) -> str:
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    """``[n, S, H * D]`` to ``[n, H, S, D]``, a view."""
-    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
+    """``[n, S, H * D]`` to ``[n, S, H, D]``, a view."""
+    return x.view(*x.shape[:-1], heads, -1)
 
 
 def mix(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -63,19 +64,18 @@ def mix(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
     # AttnProcessor2_0 ignores attn.scale, the older processor uses it.
     scale = attn.scale if type(attn.processor) is AttnProcessor else None
     q, k, v = (_heads(t, attn.heads) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return y.transpose(1, 2).flatten(2)
+    # Nobody else sees the queries of a plain layer.
+    return attention(q, k, v, mask, scale=scale, overwrite=is_plain_linear(attn.to_q))
 
 
 def attend(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention of ``[n, S, C]`` with ``[n, L, C]``, and ``to_out``."""
-    projected: Tensor = attn.to_out[0](mix(attn, q, k, v, mask))
-    return projected
+    return project(attn.to_out[0], mix(attn, q, k, v, mask))
 
 
 def self_attention(attn: Any, x: Tensor) -> Tensor:
     """Self-attention of tokens ``[n, S, C]``."""
-    return attend(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
+    return attend(attn, *(project(layer, x) for layer in (attn.to_q, attn.to_k, attn.to_v)))
 
 
 class CrossAttention:
@@ -110,9 +110,9 @@ class CrossAttention:
             raise ValueError("cross-attention needs a context: full and shared are None")
         self.rows: Tensor | None = None  # [B or N, 1, D]: what every token gets
         if context.shape[1] == 1 and mask is None and _ignores_queries(attn):
-            self.rows = attn.to_out[0](attn.to_v(context))
+            self.rows = project(attn.to_out[0], project(attn.to_v, context))
         elif shared is not None:
-            self.shared = (attn.to_k(shared), attn.to_v(shared))
+            self.shared = (project(attn.to_k, shared), project(attn.to_v, shared))
         self._per_sample = shared is not None
 
     def constant(self, start: int, stop: int) -> Tensor | None:
@@ -131,11 +131,11 @@ class CrossAttention:
             return constant.repeat(1, x.shape[1], 1)  # the caller may write to it
         attn = self.attn
         mask = None if self.mask is None else self.mask[start:stop, None]
-        q = attn.to_q(x)
+        q = project(attn.to_q, x)
         if self.shared is None:
             assert self.full is not None
             context = self.full[start:stop]
-            return attend(attn, q, attn.to_k(context), attn.to_v(context), mask)
+            return attend(attn, q, project(attn.to_k, context), project(attn.to_v, context), mask)
         images, length, width = q.shape
         first, last = start // self.frames, (stop - 1) // self.frames
         k, v = (t[first : last + 1] for t in self.shared)
@@ -172,15 +172,14 @@ def temporal_self_attention(attn: Any, x: Tensor, frames: int) -> Tensor:
     """
     pixels, width = x.shape[1], attn.inner_dim
     projections = (attn.to_q, attn.to_k, attn.to_v)
-    q, k, v = (projection(x).reshape(-1, frames, pixels, width) for projection in projections)
+    q, k, v = (project(layer, x).reshape(-1, frames, pixels, width) for layer in projections)
     scale = attn.scale if type(attn.processor) is AttnProcessor else None
     if frames <= MAX_FRAMES and width // attn.heads <= MAX_HEAD_DIM:
         out = q if is_plain_linear(attn.to_q) else None
         y = ops.temporal_attention(q, k, v, attn.heads, scale=scale, out=out)
     else:
         y = _temporal_by_permutation(q, k, v, attn.heads, scale)
-    projected: Tensor = attn.to_out[0](y.view(-1, pixels, width))
-    return projected
+    return project(attn.to_out[0], y.view(-1, pixels, width))
 
 
 def _temporal_by_permutation(

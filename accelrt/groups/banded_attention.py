@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from accelrt.config import Config
 
+from .products import linear_into, project
 from .recognise import has_plain_weights, is_plain_linear
 from .sample_attention import SampleAttention
 from .slicing import slice_length, starts
@@ -83,8 +83,7 @@ class BandedAttention:
     def attend(self, normed: Normed, samples: slice, rows: slice) -> Tensor:
         """The output ``[1, s, D]`` of the layer for a band; ``normed`` as before."""
         if self.mixed is not None:
-            projected: Tensor = self.attn.to_out[0](self.mixed[:, rows])
-            return projected
+            return project(self.attn.to_out[0], self.mixed[:, rows])
         assert self.keys is not None
         assert self.values is not None
         return self.layer.queries(normed(rows), self.keys, self.values, samples, rows)
@@ -141,19 +140,3 @@ def band_length(stream: Tensor, config: Config) -> int:
     """Tokens in a band of ``[B, S, D]``; ``S`` where a sample fits the slice size."""
     _, tokens, width = stream.shape
     return slice_length(tokens, None, width * stream.element_size(), config, stream.device)
-
-
-def linear_into(out: Tensor, x: Tensor, linear: nn.Linear, columns: slice = slice(None)) -> None:
-    """``out = linear(x)``, or some columns of it.
-
-    Args:
-        out: ``[s, columns]``.
-        x: ``[s, D]``.
-        linear: a plain layer with weights of the dtype of ``x``.
-        columns: of the output.
-    """
-    weight = linear.weight[columns].t()
-    if linear.bias is None:
-        torch.mm(x, weight, out=out)
-    else:
-        torch.addmm(linear.bias[columns], x, weight, out=out)

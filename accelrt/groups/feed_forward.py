@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from accelrt import ops
 from accelrt.config import Config
 
-from .recognise import is_inactive_dropout, is_plain, is_plain_linear, is_row_wise
+from .products import is_ours
+from .recognise import (
+    has_plain_weights,
+    is_inactive_dropout,
+    is_plain,
+    is_plain_linear,
+    is_row_wise,
+)
 from .slicing import slice_length, starts
 
 Add = Callable[[Tensor, Tensor, Tensor], None]
@@ -38,6 +45,15 @@ def activation_remark(module: nn.Module) -> str:
     return f"feed-forward activation {type(first).__name__} runs as it came"
 
 
+def _epilogue(first: Any) -> str | None:
+    """The activation of a plain layer in front, as :func:`accelrt.ops.linear` names it."""
+    if is_plain(first, GEGLU):
+        return "geglu"
+    if is_plain(first, GELU):
+        return "gelu_tanh" if first.approximate == "tanh" else "gelu"
+    return None
+
+
 class FeedForwardRunner:
     """``residual += gate * ff(x)``, the hidden activation existing for one slice only.
 
@@ -55,6 +71,8 @@ class FeedForwardRunner:
             return
         net: Any = module.net
         self.out = net[2]
+        self.first: Any = net[0]
+        self.epilogue = _epilogue(net[0]) if config.fuse else None
         self.hidden = self._activation(net[0]) if config.fuse else net[0]
         self.width = int(getattr(net[0].proj, "out_features", 0) or 0)
 
@@ -113,13 +131,41 @@ class FeedForwardRunner:
             return
         if gate is None and x.is_contiguous() and residual.is_contiguous():
             x, residual = x.view(1, -1, x.shape[-1]), residual.view(1, -1, residual.shape[-1])
+        ours = self._is_ours(x)
         for samples, rows in self._pieces(x):
+            if ours:
+                gates = None if gate is None else gate[samples]
+                self._own(x[samples, rows], residual[samples, rows], gates, add)
+                continue
             y = self.out(self.hidden(x[samples, rows]))
             if add is None:
                 self._add(y, residual[samples, rows], None if gate is None else gate[samples])
             else:
                 add(y, residual[samples, rows], x[samples, rows])
             del y  # not beside the next hidden activation
+
+    def _is_ours(self, x: Tensor) -> bool:
+        """Both products are our kernel's, with the activation as epilogue of the first."""
+        return (
+            self.epilogue is not None
+            and is_ours(self.first.proj, x)
+            and is_plain_linear(self.out)
+            and has_plain_weights(self.out, x.dtype)
+            and self.out.weight.is_contiguous()
+        )
+
+    def _own(self, x: Tensor, residual: Tensor, gate: Tensor | None, add: Add | None) -> None:
+        """A slice ``[b, s, D]`` of samples or of tokens, whose rows lie one after the other."""
+        proj, out = self.first.proj, self.out
+        rows = x.flatten(0, 1)
+        hidden = ops.linear(rows, proj.weight, proj.bias, activation=self.epilogue)
+        if add is not None:
+            y = ops.linear(hidden, out.weight, out.bias)
+            del hidden
+            add(y.view_as(residual), residual, x)
+        else:
+            target = residual.flatten(0, 1)
+            ops.linear(hidden, out.weight, out.bias, gate=gate, add_to=target)
 
     def _add(self, y: Tensor, residual: Tensor, gate: Tensor | None) -> None:
         if gate is not None:

@@ -15,6 +15,7 @@ from .attention import attention_reason, by_pixel, temporal_self_attention
 from .base import Group, Status
 from .independence import together
 from .norms import ClipNorm, unfused_norm
+from .products import project
 from .recognise import is_plain_linear, is_row_wise
 from .slicing import slice_length, starts
 from .state import State, channels_last, empty_images, tokens
@@ -107,12 +108,12 @@ class MotionGroup(Group):
         source, target = tokens(x), tokens(out)  # [N, H * W, C]
         for start in starts(pixels, p, x):
             part, into = source[:, start : start + p], target[:, start : start + p]
-            stream: Tensor = module.proj_in(norm(start, start + p))
+            stream: Tensor = project(module.proj_in, norm(start, start + p), fuse=self.config.fuse)
             if not own_stream:
                 stream = stream.clone()
             for run in blocks:
                 stream = run(stream)
-            y = module.proj_out(stream)
+            y = project(module.proj_out, stream, fuse=self.config.fuse)
             del stream
             if self.config.fuse and y.dtype == part.dtype:
                 ops.residual_blend(part, y, out=into)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from .attention import attention_reason, mix
+from .products import attention, project
 from .recognise import is_plain_linear, is_row_wise
 
 
@@ -102,27 +102,26 @@ class SampleAttention:
             stock_mask = None if mask is None else mask.flatten(0, 1)
             y: Tensor = attn(x, encoder_hidden_states=context, attention_mask=stock_mask)
             return y
-        q = attn.to_q(x)
+        q = project(attn.to_q, x)
         if context is None:
-            k, v = attn.to_k(x), attn.to_v(x)
+            k, v = project(attn.to_k, x), project(attn.to_v, x)
         else:
             k, v = self.context_keys(samples)
         del x  # a normed slice that nobody else needs
         mixed = mix(attn, q, k, v, mask)
         del q, k, v
-        projected: Tensor = attn.to_out[0](mixed)
-        return projected
+        return project(attn.to_out[0], mixed)
 
     def context_keys(self, samples: slice) -> tuple[Tensor, Tensor]:
         """Keys and values ``[n, L, D]`` of the context of some samples."""
         attn = self.attn
-        kept = self.kept_keys(lambda context: (attn.to_k(context), attn.to_v(context)))
+        kept = self.kept_keys(lambda c: (project(attn.to_k, c), project(attn.to_v, c)))
         if kept is not None:
             k, v = (t[samples].flatten(2) for t in kept)
             return k, v
         assert self.context is not None
         context = self.context[samples]
-        return attn.to_k(context), attn.to_v(context)
+        return project(attn.to_k, context), project(attn.to_v, context)
 
     def queries(self, x: Tensor, k: Tensor, v: Tensor, samples: slice, rows: slice) -> Tensor:
         """Attention of the tokens ``[n, s, D]`` of some samples, with keys that are made.
@@ -132,12 +131,11 @@ class SampleAttention:
             k, v: ``[n, L, D]``.
             samples, rows: their places in the call.
         """
-        q = self.attn.to_q(x)
+        q = project(self.attn.to_q, x)
         del x
         mixed = self.mix(q, k, v, samples, rows)
         del q
-        projected: Tensor = self.attn.to_out[0](mixed)
-        return projected
+        return project(self.attn.to_out[0], mixed)
 
     def mix(
         self,
@@ -166,9 +164,8 @@ class SampleAttention:
         width = attn.inner_dim // attn.heads
         # AttnProcessor2_0 ignores attn.scale, the older processor uses it.
         scale = attn.scale if type(attn.processor) is AttnProcessor else None
-        q, k, v = (t.view(*t.shape[:2], -1, width).transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        return y.transpose(1, 2).flatten(2)
+        q, k, v = (t.view(*t.shape[:2], -1, width) for t in (q, k, v))
+        return attention(q, k, v, mask, scale=scale)
 
 
 def _is_free(layer: nn.Module) -> bool:

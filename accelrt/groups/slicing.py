@@ -49,12 +49,16 @@ def slice_length(
 class Probe:
     """A dry run on meta tensors, in which equal slices are run once.
 
+    Args:
+        device_type: of the device that the run stands for.
+
     Attributes:
         repeats: how many slices stand behind what runs now.
         left_out_bytes: live beside all of it, had every pass been run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str = "cpu") -> None:
+        self.device_type = device_type
         self.repeats = 1
         self.left_out_bytes = 0
 
@@ -63,14 +67,17 @@ _local = threading.local()
 
 
 @contextmanager
-def probing() -> Iterator[Probe]:
+def probing(device_type: str = "cpu") -> Iterator[Probe]:
     """Meta tensors of this thread go through the first two slices and the last only.
 
     Their memory is that of all slices: the first makes the buffers, those between are
     equal, the last may be shorter.
+
+    Args:
+        device_type: of the device that the run stands for: ``"cpu"`` or ``"cuda"``.
     """
     outer = getattr(_local, "probe", None)
-    _local.probe = probe = Probe()
+    _local.probe = probe = Probe(device_type)
     try:
         yield probe
     finally:

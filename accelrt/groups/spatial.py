@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from .base import Group, Status
 from .image_conditioning import ImageConditioning, unsliceable
 from .independence import together
 from .norms import GroupNormAct, unfused_norm
+from .products import linear, project
 from .recognise import is_plain_conv, is_plain_linear, is_pointwise_conv
 from .sample_attention import SampleAttention
 from .slicing import slice_length, starts
@@ -144,10 +144,10 @@ class SpatialTransformerGroup(Group):
         module: Any = self.module
         proj = module.proj_in
         if module.use_linear_projection:
-            stream: Tensor = proj(tokens(normed))
+            stream = project(proj, tokens(normed), fuse=self.config.fuse)
             return stream.contiguous() if is_plain_linear(proj) else stream.clone()
         if self.config.fuse and is_pointwise_conv(proj, normed.dtype):
-            return F.linear(tokens(normed), proj.weight.flatten(1), proj.bias)
+            return linear(tokens(normed), proj.weight.flatten(1), proj.bias)
         stream = tokens(channels_last(proj(normed)))
         return stream if is_plain_conv(proj) else stream.clone()
 
@@ -155,10 +155,9 @@ class SpatialTransformerGroup(Group):
         module: Any = self.module
         proj = module.proj_out
         if module.use_linear_projection:
-            y: Tensor = proj(stream)
-            return y
+            return project(proj, stream, fuse=self.config.fuse)
         if self.config.fuse and is_pointwise_conv(proj, stream.dtype):
-            return F.linear(stream, proj.weight.flatten(1), proj.bias)
+            return linear(stream, proj.weight.flatten(1), proj.bias)
         images = stream.view(stream.shape[0], height, width, -1).permute(0, 3, 1, 2)
         return tokens(channels_last(proj(images)))
 
@@ -229,7 +228,8 @@ class SpatialTransformerGroup(Group):
 
 def _biased_self_attention(attn: Any, bias: Tensor, x: Tensor, start: int, stop: int) -> Tensor:
     """Self-attention of some images with their rows of a bias ``[N, 1 or S, S]``."""
-    return attend(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x), bias[start:stop, None])
+    q, k, v = (project(layer, x) for layer in (attn.to_q, attn.to_k, attn.to_v))
+    return attend(attn, q, k, v, bias[start:stop, None])
 
 
 def _of_images(attend: Attend, start: int, stop: int) -> Callable[[Tensor], Tensor]:

@@ -19,6 +19,7 @@ from .base import FUSED, Group, Status
 from .independence import together
 from .mixing import image_only, mixer_reason, spatial_weight
 from .norms import GroupNormAct, unfused_norm
+from .products import linear_into, project
 from .recognise import has_plain_weights, is_plain_linear, is_row_wise
 from .sample_attention import SampleAttention
 from .slicing import slice_length, starts
@@ -204,16 +205,15 @@ class SpatioTemporalTransformerGroup(Group):
         module: Any = self.module
         proj = module.proj_in
         plain = is_plain_linear(proj) and has_plain_weights(proj, normed.dtype)
-        if self.config.fuse and plain and proj.bias is not None:
-            rows, target = normed.flatten(0, 1), out.view(-1, out.shape[-1])
-            torch.addmm(proj.bias, rows, proj.weight.t(), out=target)
+        if self.config.fuse and plain:
+            linear_into(out.view(-1, out.shape[-1]), normed.flatten(0, 1), proj)
         else:
             out.copy_(proj(normed))
 
     def _project_out(self, stream: Tensor, residual: Tensor, out: Tensor) -> None:
         """``out = proj_out(stream) + residual`` for some pixels ``[N, P, C]``."""
         module: Any = self.module
-        y: Tensor = module.proj_out(stream)
+        y = project(module.proj_out, stream, fuse=self.config.fuse)
         if self.config.fuse and y.dtype == residual.dtype:
             ops.residual_blend(residual, y, out=out)
         else:

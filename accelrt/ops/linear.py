@@ -18,8 +18,9 @@ from ._library import (
 )
 
 _OP = "linear"
-_ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
+_ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "geglu": 4, "geglu_tanh": 5}
 _GATED_RESIDUAL = 3
+_GEGLUS = (4, 5)
 
 
 def linear(
@@ -39,9 +40,10 @@ def linear(
 
     Args:
         x: ``[M, K]`` with any row stride.
-        weight: ``[N, K]`` with any row stride.
-        bias: ``[N]`` or ``None``.
-        activation: ``None``, ``"gelu"`` or ``"gelu_tanh"``.
+        weight: ``[N, K]`` with any row stride; ``[2 N, K]`` with a GEGLU: values, then gates.
+        bias: as long as ``weight``, or ``None``.
+        activation: ``None``, ``"gelu"``, ``"gelu_tanh"``, ``"geglu"`` (``value * gelu(gate)``) or
+            ``"geglu_tanh"``.
         gate: ``[B, N]`` where ``B`` divides ``M``: sample ``b`` has the rows from ``b * M / B``.
             With ``add_to`` only; ``None`` is one.
         add_to: ``[M, N]`` with any row stride; ``gate`` times the product is added to it, and
@@ -52,7 +54,9 @@ def linear(
         ValueError: an argument does not fit; nothing has been written.
     """
     if activation not in _ACTIVATIONS:
-        raise fails(_OP, f"activation is {activation!r}; allowed: None, 'gelu', 'gelu_tanh'")
+        raise fails(
+            _OP, f"activation is {activation!r}; allowed: {', '.join(map(repr, _ACTIVATIONS))}"
+        )
     if add_to is None and gate is not None:
         raise fails(_OP, "a gate needs add_to")
     if add_to is not None and (activation is not None or out is not None):
@@ -64,8 +68,10 @@ def linear(
     if add_to is not None:
         result, epilogue = add_to, _GATED_RESIDUAL
     else:
-        result = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
         epilogue = _ACTIVATIONS[activation]
+        if out is None:
+            out = x.new_empty(x.shape[0], _columns(weight, epilogue))
+        result = out
     per_sample = 1 if gate is None else max(x.shape[0] // max(gate.shape[0], 1), 1)
     args = (x, weight, bias, epilogue, gate, per_sample, result)
     try:
@@ -73,6 +79,11 @@ def linear(
     except RuntimeError as error:
         explain(error, _fake, *args)
     return result
+
+
+def _columns(weight: Tensor, epilogue: int) -> int:
+    """Columns of the result."""
+    return weight.shape[0] // 2 if epilogue in _GEGLUS else weight.shape[0]
 
 
 @register_fake(_OP)
@@ -92,15 +103,17 @@ def _fake(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; expected [M, K] "
             "and [N, K]",
         )
-    rows, columns = x.shape[0], weight.shape[0]
+    rows, columns = x.shape[0], _columns(weight, epilogue)
     check_tensor(_OP, "weight", weight, x)
-    check_shape(_OP, "weight", weight, (columns, x.shape[1]))
+    if epilogue in _GEGLUS and weight.shape[0] % 2:
+        raise fails(_OP, f"weight has {weight.shape[0]} rows; geglu needs an even number")
+    check_shape(_OP, "weight", weight, (weight.shape[0], x.shape[1]))
     check_tensor(_OP, "out", out, x)
     check_shape(_OP, "out", out, (rows, columns))
     given = [("x", x), ("weight", weight), ("out", out)]
     if bias is not None:
         check_tensor(_OP, "bias", bias, x)
-        check_shape(_OP, "bias", bias, (columns,))
+        check_shape(_OP, "bias", bias, weight.shape[:1])
         given.append(("bias", bias))
     if gate is not None:
         check_tensor(_OP, "gate", gate, x)

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accelrt import ops
+from accelrt.groups.products import attention, linear
 
-VERSION = 2
+VERSION = 3
 
 #: Pairs of rows and FLOP/s, by rows.
 Rates = tuple[tuple[int, float], ...]
@@ -46,6 +47,7 @@ class Machine:
         bandwidth: bytes/s of elementwise operators, read and written together.
         norm_bandwidth: the same of norms.
         kernel_bandwidth: bytes/s at which the weights of convolutions pass through each call.
+        device_type: of the device: ``"cpu"`` or ``"cuda"``.
     """
 
     overhead: float = 4e-6
@@ -60,6 +62,7 @@ class Machine:
     bandwidth: float = 3e10
     norm_bandwidth: float = 5e9
     kernel_bandwidth: float = 3e9
+    device_type: str = "cpu"
 
 
 def rate_at(rates: Rates, rows: int) -> float:
@@ -101,10 +104,10 @@ def machine(device: torch.device, dtype: torch.dtype) -> Machine:
 
     A meta device, and one that is not there, has typical rates.
     """
-    if device.type not in ("cpu", "cuda") or dtype == torch.float64:
+    if device.type not in ("cpu", "cuda"):
         return Machine()
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return Machine()
+    if dtype == torch.float64 or (device.type == "cuda" and not torch.cuda.is_available()):
+        return Machine(device_type=device.type)
     path = cache_file()
     key = _key(device, dtype)
     if (path, key) not in _known:
@@ -183,7 +186,7 @@ def profile(device: torch.device, dtype: torch.dtype) -> Machine:
         small, table = tensor(64), tensor(8, 64)
         overhead = seconds(lambda: ops.residual_blend(small, small, out=small))
         view_overhead = _per_call(lambda: table[2:4], device)
-        product_overhead = seconds(lambda: F.linear(table, table))
+        product_overhead = seconds(lambda: linear(table, table, None))
         large, other = tensor(2**22), tensor(2**22)
         whole = seconds(lambda: ops.residual_blend(large, other, out=large))
         bandwidth = 3 * size(large) / whole
@@ -195,7 +198,7 @@ def profile(device: torch.device, dtype: torch.dtype) -> Machine:
         # More rows are never slower than fewer: a long run that seems so was interrupted.
         product_rates: list[tuple[int, float]] = []
         for count in PRODUCT_ROWS:
-            whole = seconds(lambda some=rows[:count]: F.linear(some, weight))  # type: ignore[misc]
+            whole = seconds(lambda some=rows[:count]: linear(some, weight, None))  # type: ignore[misc]
             rate = 2 * count * weight.numel() / max(whole - product_overhead, 1e-9)
             product_rates.append((count, max([rate, *(r for _, r in product_rates)])))
         wide, kernel = image(1, 320, 32), tensor(320, 320, 3, 3)
@@ -206,17 +209,17 @@ def profile(device: torch.device, dtype: torch.dtype) -> Machine:
         short = seconds(lambda: F.conv2d(tiny, kernel2, padding=1)) - overhead
         short -= 2 * 9 * 1280**2 * 16 / convolution_rate
         kernel_bandwidth = size(kernel2) / max(short, 1e-7)
-        q = tensor(1, 8, ATTENTION_ROWS[-1], 64)
+        q = tensor(1, ATTENTION_ROWS[-1], 8, 64)
         attention_rates: list[tuple[int, float]] = []
         for count in ATTENTION_ROWS:
             whole = seconds(
-                lambda some=q[:, :, :count]: F.scaled_dot_product_attention(some, q, q)  # type: ignore[misc]
+                lambda some=q[:, :count]: attention(some, q, q, None, scale=None)  # type: ignore[misc]
             )
-            rate = 4 * 8 * count * q.shape[2] * 64 / max(whole - overhead, 1e-9)
+            rate = 4 * 8 * count * q.shape[1] * 64 / max(whole - overhead, 1e-9)
             attention_rates.append((count, max([rate, *(r for _, r in attention_rates)])))
     return Machine(
         overhead, product_overhead, view_overhead, tuple(product_rates), convolution_rate,
-        tuple(attention_rates), bandwidth, norm_bandwidth, kernel_bandwidth,
+        tuple(attention_rates), bandwidth, norm_bandwidth, kernel_bandwidth, device.type,
     )  # fmt: skip
 
 
@@ -265,7 +268,9 @@ _NORMS = frozenset(
         "layer_norm", "group_norm_stats", "group_norm_apply", "native_group_norm", "group_norm",
     )
 )  # fmt: skip
-_PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm", "linear"))
+_PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm", "linear", "block_projection"))
+# The library's and ours: [.., M, K] and a weight [N, K] come first.
+_ROWS_AND_WEIGHT = frozenset(("linear", "block_projection"))
 
 
 def seconds_of(name: str, args: tuple[Any, ...], result: Any, rates: Machine) -> float:
@@ -288,12 +293,17 @@ def seconds_of(name: str, args: tuple[Any, ...], result: Any, rates: Machine) ->
             + weight.numel() * weight.element_size() / rates.kernel_bandwidth
             + _bytes((tensors[0], out)) / rates.bandwidth
         )
+    if name == "attention" and len(tensors) > 2:  # ours: [B, S, H, D]
+        return attention_seconds(tensors[0].transpose(1, 2), tensors[1].transpose(1, 2), rates)
+    if name in _ROWS_AND_WEIGHT and len(tensors) > 1:
+        rows = tensors[0].numel() // max(tensors[0].shape[-1], 1)
+        flops = 2 * rows * tensors[1].numel()
+        return rates.product_overhead + flops / rate_at(rates.product_rates, rows)
     if name in _PRODUCTS and len(tensors) > 1:
         product = out if out is not None else tensors[-1]
         a = tensors[1 if name in ("addmm", "baddbmm") else 0]
-        rows = a.numel() // max(a.shape[-1], 1) if name == "linear" else a.shape[-2]
         flops = 2 * product.numel() * a.shape[-1]
-        return rates.product_overhead + flops / rate_at(rates.product_rates, rows)
+        return rates.product_overhead + flops / rate_at(rates.product_rates, a.shape[-2])
     outputs = [out] if out is not None else []
     bandwidth = rates.norm_bandwidth if name in _NORMS else rates.bandwidth
     return rates.overhead + _bytes((*tensors, *outputs)) / bandwidth

@@ -245,7 +245,7 @@ def dry_run(
         forward: ours, which tells about its groups; ``None`` for a stock model.
         arena: a recording one on the meta device, which ``run`` uses.
     """
-    with torch.no_grad(), probing() as probe, MetaKernels(rates, probe) as kernels:
+    with torch.no_grad(), probing(rates.device_type) as probe, MetaKernels(rates, probe) as kernels:
         recorder = _Recorder(rates, probe, kernels, arena)
         observer = None if forward is None else forward.observer
         if forward is not None:

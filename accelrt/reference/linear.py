@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._common import accumulation_dtype, store
-from .activations import gelu, gelu_tanh
+from .activations import geglu, gelu, gelu_tanh
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "geglu": geglu,
+    "geglu_tanh": partial(geglu, approximate="tanh"),
+}
 
 
 def linear(
@@ -23,7 +33,7 @@ def linear(
     acc = accumulation_dtype(x)
     y = F.linear(x.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
     if activation is not None:
-        y = {"gelu": gelu, "gelu_tanh": gelu_tanh}[activation](y)
+        y = _ACTIVATIONS[activation](y)
     if add_to is None:
         return store(y, x, out)
     if gate is not None:

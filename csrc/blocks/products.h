@@ -15,7 +15,8 @@ struct Epilogue {
   // `rows_per_sample` rows of out.
   OptionalView gate;
   int64_t rows_per_sample = 1;
-  // Of kGatedResidual: memory for y, contiguous [M, N], that may be left unused.
+  // Of kGatedResidual and the GEGLUs: memory for y, contiguous [M, rows of the weight], that may
+  // be left unused.
   TensorView scratch;
 };
 
@@ -23,8 +24,8 @@ class Products {
  public:
   virtual ~Products() = default;
 
-  // out = epilogue(x weight^T + bias). x: [M, K], weight: [N, K], bias: [N], out: [M, N]; the last
-  // strides are one, the row strides free. out overlaps no input.
+  // out = epilogue(x weight^T + bias). x: [M, K], weight: [N, K], bias: [N], out: [M, N] (weight and
+  // bias [2 N, ..] with a GEGLU); the last strides are one, the row strides free. out overlaps no input.
   virtual void linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
                       const Epilogue& epilogue, const TensorView& out, Stream stream) = 0;
 

@@ -24,14 +24,17 @@ void linear(const TensorView& x, const TensorView& weight, const OptionalView& b
   ACCELRT_CHECK(x.ndim == 2 && weight.ndim == 2, kOp, ": x has ", x.ndim, " and weight ",
                 weight.ndim, " dimensions, expected 2");
   const int64_t rows = x.size[0];
-  const int64_t columns = weight.size[0];
+  const int64_t weight_rows = weight.size[0];
+  ACCELRT_CHECK(!is_geglu(epilogue) || weight_rows % 2 == 0, kOp, ": weight has ", weight_rows,
+                " rows; geglu needs an even number");
+  const int64_t columns = is_geglu(epilogue) ? weight_rows / 2 : weight_rows;
   check_matrix("x", x, x, rows, x.size[1]);
-  check_matrix("weight", weight, x, columns, x.size[1]);
+  check_matrix("weight", weight, x, weight_rows, x.size[1]);
   check_matrix("out", out, x, rows, columns);
   if (bias) {
     check_same_type(kOp, "bias", *bias, x);
-    ACCELRT_CHECK(bias->ndim == 1 && bias->size[0] == columns, kOp, ": bias is not of shape [",
-                  columns, "]");
+    ACCELRT_CHECK(bias->ndim == 1 && bias->size[0] == weight_rows, kOp,
+                  ": bias is not of shape [", weight_rows, "]");
     check_unit_stride(kOp, "bias", *bias);
   }
   ACCELRT_CHECK(!gate || epilogue == LinearEpilogue::kGatedResidual, kOp,

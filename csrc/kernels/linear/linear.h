@@ -2,6 +2,7 @@
 // library's products are the fast path.
 //
 // x: [M, K], weight: [N, K], bias: [N], out: [M, N]; the last strides one, the row strides free.
+// With a GEGLU weight and bias have 2 N rows: the values, then the gates.
 // out overlaps no input. Sums are in float32 and rounded once, after the epilogue.
 // Memory beside: a panel of the weights per thread, 32 rows of K (twice the size of bfloat16 where
 // the processor has no products of it).
@@ -17,7 +18,13 @@ enum class LinearEpilogue : int {
   kGELU = 1,
   kGELUTanh = 2,
   kGatedResidual = 3,  // out += gate * y
+  kGEGLU = 4,          // out = value * gelu(gate)
+  kGEGLUTanh = 5,
 };
+
+constexpr bool is_geglu(LinearEpilogue kind) {
+  return kind == LinearEpilogue::kGEGLU || kind == LinearEpilogue::kGEGLUTanh;
+}
 
 struct LinearParams {
   const void* x = nullptr;
@@ -28,7 +35,7 @@ struct LinearParams {
   int64_t weight_stride = 0;
   int64_t out_stride = 0;
   int64_t rows = 0;     // M
-  int64_t columns = 0;  // N
+  int64_t columns = 0;  // N, of out
   int64_t depth = 0;    // K
   LinearEpilogue epilogue = LinearEpilogue::kNone;
   const void* gate = nullptr;  // [M / rows_per_sample, N]; null: ones

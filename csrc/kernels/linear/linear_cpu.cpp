@@ -78,19 +78,38 @@ VFloat load_units(const T* p, int64_t left) {
   }
 }
 
-// Rows [first, first + kColumns) of the weights to panel: [units][kColumns].
+// Columns of out that a panel makes. With a GEGLU half of its vectors are gates.
+int64_t panel_columns(const LinearParams& p) {
+  return is_geglu(p.epilogue) ? kColumns / 2 : kColumns;
+}
+
+// Vector v of the panel whose columns begin at `first`: its first row of the weights, and where
+// the rows of its kind end.
+struct PanelRows {
+  int64_t begin;
+  int64_t end;
+};
+
+PanelRows rows_of_vector(const LinearParams& p, int64_t first, int v) {
+  constexpr int kHalf = kVecs / 2;
+  if (!is_geglu(p.epilogue)) return {first + v * kLanes, p.columns};
+  if (v < kHalf) return {first + v * kLanes, p.columns};
+  return {p.columns + first + (v - kHalf) * kLanes, 2 * p.columns};
+}
+
+// The rows of the weights that make the columns from `first`, to panel: [units][kColumns].
 template <typename T>
 void pack(const LinearParams& p, int64_t first, float* panel) {
   const T* weight = static_cast<const T*>(p.weight);
   const int64_t units = units_of<T>(p.depth);
   for (int v = 0; v < kVecs; ++v) {
-    const int64_t begin = first + v * kLanes;
+    const auto [begin, end] = rows_of_vector(p, first, v);
     for (int64_t u = 0; u < units; u += kLanes) {
       const int64_t at = u * kUnit<T>;
       const T* corner = weight + begin * p.weight_stride + at;
       float* to = panel + u * kColumns + v * kLanes;
       VFloat block[kLanes];
-      if (begin + kLanes <= p.columns && at + kLanes * kUnit<T> <= p.depth) {
+      if (begin + kLanes <= end && at + kLanes * kUnit<T> <= p.depth) {
         constexpr int64_t kAhead = 256 / static_cast<int64_t>(sizeof(T));
         unrolled<kLanes>([&](auto i) {
           const T* row = corner + i * p.weight_stride;
@@ -103,7 +122,7 @@ void pack(const LinearParams& p, int64_t first, float* panel) {
       }
       for (int i = 0; i < kLanes; ++i) {
         const T* row = corner + i * p.weight_stride;
-        block[i] = begin + i < p.columns ? load_units(row, p.depth - at) : VFloat{};
+        block[i] = begin + i < end ? load_units(row, p.depth - at) : VFloat{};
       }
       transpose(block);
       const int count = static_cast<int>(std::min<int64_t>(kLanes, units - u));
@@ -171,9 +190,31 @@ Vec activated(LinearEpilogue kind, Vec y) {
   return y;
 }
 
+// value * gelu(gate) of row `row` and the columns from `first`.
+template <typename T>
+void finish_geglu(const LinearParams& p, int64_t row, int64_t first, const VFloat (&sums)[kVecs]) {
+  constexpr int kHalf = kVecs / 2;
+  T* out = static_cast<T*>(p.out) + row * p.out_stride + first;
+  const T* bias = static_cast<const T*>(p.bias);
+  for (int v = 0; v < kHalf; ++v) {
+    const int64_t at = v * kLanes;
+    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, p.columns - first - at));
+    if (lanes <= 0) return;
+    Vec value = sums[v];
+    Vec gate = sums[kHalf + v];
+    if (bias != nullptr) {
+      value += load_any(bias + first + at, lanes);
+      gate += load_any(bias + p.columns + first + at, lanes);
+    }
+    const bool tanh = p.epilogue == LinearEpilogue::kGEGLUTanh;
+    store_any(out + at, lanes, value * (tanh ? gelu_tanh_to<T>(gate) : gelu_to<T>(gate)));
+  }
+}
+
 // Writes the sums of row `row` and the columns from `first`.
 template <typename T>
 void finish(const LinearParams& p, int64_t row, int64_t first, const VFloat (&sums)[kVecs]) {
+  if (is_geglu(p.epilogue)) return finish_geglu<T>(p, row, first, sums);
   T* out = static_cast<T*>(p.out) + row * p.out_stride + first;
   const T* bias = p.bias == nullptr ? nullptr : static_cast<const T*>(p.bias) + first;
   const bool residual = p.epilogue == LinearEpilogue::kGatedResidual;
@@ -244,7 +285,8 @@ void run(const LinearParams& p) {
   const int64_t chunks = (p.rows + kChunk - 1) / kChunk;
   const int64_t even = (p.rows + chunks - 1) / chunks;
   const int64_t chunk = (even + kRows - 1) / kRows * kRows;
-  const int64_t panels = (p.columns + kColumns - 1) / kColumns;
+  const int64_t width = panel_columns(p);
+  const int64_t panels = (p.columns + width - 1) / width;
   // Small products stay on one thread.
   constexpr int64_t kOperations = 1 << 18;
   const int64_t each = std::max<int64_t>(1, std::min(p.rows, chunk) * kColumns * p.depth);
@@ -257,7 +299,7 @@ void run(const LinearParams& p) {
                  float* panel = memory[0].values;
                  int64_t packed = -1;
                  for (int64_t i = begin; i < end; ++i) {
-                   const int64_t first = i % panels * kColumns;
+                   const int64_t first = i % panels * width;
                    const int64_t row = i / panels * chunk;
                    if (packed != first) pack<T>(p, first, panel);
                    packed = first;

@@ -1,0 +1,146 @@
+"""Linear layers and attention: our kernels where they are the faster ones, torch's elsewhere.
+
+Which they are is measured per processor and dtype and decided in the extension
+(``own_linear_is_faster``, ``own_attention_is_faster``); on a GPU torch's are used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accelrt import _C, ops
+
+from .recognise import has_plain_weights, is_plain_linear
+from .slicing import current_probe
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _linear_is_ours(dtype: torch.dtype, depth: int) -> bool:
+    name = _NAMES.get(dtype)
+    return name is not None and _C.own_linear_is_faster(name, depth)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _attention_is_ours(dtype: torch.dtype, head_dim: int) -> bool:
+    name = _NAMES.get(dtype)
+    return name is not None and _C.own_attention_is_faster(name, head_dim)
+
+
+def _runs_on_cpu(x: Tensor) -> bool:
+    """On the CPU, or planned for it: a dry run says for which device."""
+    if x.device.type != "meta":
+        return x.device.type == "cpu"
+    probe = current_probe(x)
+    return probe is None or probe.device_type == "cpu"
+
+
+def _as_rows(x: Tensor) -> Tensor | None:
+    """``[..., K]`` as ``[M, K]``, a view; ``None`` if the rows have no common stride."""
+    if x.dim() == 2:
+        rows = x
+    elif x.is_contiguous():
+        rows = x.view(-1, x.shape[-1])
+    elif x.dim() == 3 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)):
+        rows = x.flatten(0, 1)
+    else:
+        return None
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else None
+
+
+def is_ours(layer: nn.Module, x: Tensor) -> bool:
+    """A plain linear layer that our kernel computes for the rows of ``x`` ``[..., K]``."""
+    return (
+        _runs_on_cpu(x)
+        and is_plain_linear(layer)
+        and has_plain_weights(layer, x.dtype)
+        and _linear_is_ours(x.dtype, x.shape[-1])
+        and layer.weight.is_contiguous()  # type: ignore[operator]
+        and _as_rows(x) is not None
+    )
+
+
+def project(layer: Any, x: Tensor, *, fuse: bool = True) -> Tensor:
+    """``layer(x)`` of a linear layer, for ``[..., K]``; as it came with ``fuse=False``."""
+    ours = fuse and is_ours(layer, x)
+    y: Tensor = _own(x, layer.weight, layer.bias) if ours else layer(x)
+    return y
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` for ``[..., K]``, with plain weights in the dtype of ``x``."""
+    ours = _runs_on_cpu(x) and _linear_is_ours(x.dtype, x.shape[-1])
+    if ours and weight.is_contiguous() and _as_rows(x) is not None:
+        return _own(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def linear_into(out: Tensor, x: Tensor, layer: nn.Linear, columns: slice = slice(None)) -> None:
+    """``out = layer(x)``, or some columns of it.
+
+    Args:
+        out: ``[s, columns]``.
+        x: ``[s, D]``.
+        layer: a plain one with weights of the dtype of ``x``.
+        columns: of the output.
+    """
+    weight = layer.weight[columns]
+    bias = None if layer.bias is None else layer.bias[columns]
+    if is_ours(layer, x) and out.stride(-1) == 1:
+        ops.linear(x, weight, bias, out=out)
+    elif bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _own(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = _as_rows(x)
+    assert rows is not None
+    return ops.linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float | None,
+    overwrite: bool = False,
+) -> Tensor:
+    """Scaled dot-product attention of heads that lie beside each other.
+
+    Args:
+        q: ``[n, S, H, D]``.
+        k, v: ``[n, L, H, D]``.
+        mask: ``[n or 1, H or 1, S or 1, L]``, added to the scores (or boolean), or ``None``.
+        scale: of the scores; ``D ** -0.5`` if ``None``.
+        overwrite: the result may take the place of ``q``.
+
+    Returns:
+        ``[n, S, H * D]``.
+    """
+    if _runs_on_cpu(q) and _attention_is_ours(q.dtype, q.shape[-1]) and _takes(q, k, v, mask):
+        y = ops.attention(q, k, v, bias=mask, scale=scale, out=q if overwrite else None)
+        return y.flatten(2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return y.transpose(1, 2).flatten(2)
+
+
+def _takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Dtypes and layouts that the kernel reads as they are."""
+    tensors = [q, k, v]
+    if mask is not None:
+        if mask.dim() != 4:
+            return False
+        tensors.append(mask)
+    return k.shape[1] > 0 and all(
+        t.dtype == q.dtype and (t.stride(-1) == 1 or t.shape[-1] == 1) for t in tensors
+    )
