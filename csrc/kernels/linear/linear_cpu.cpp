@@ -8,11 +8,11 @@
 #include <algorithm>
 #include <memory>
 #include <type_traits>
-#include <utility>
 
 #include "accelrt/dispatch.h"
 #include "accelrt/parallel.h"
 #include "accelrt/transpose.h"
+#include "accelrt/unrolled.h"
 #include "accelrt/vec.h"
 #include "kernels/linear/linear.h"
 
@@ -40,18 +40,6 @@ constexpr bool kPairs =
 #else
     false;
 #endif
-
-// Calls fn with every index as a constant: g++ keeps an array in registers only if its loops are
-// gone before it looks.
-template <typename Fn, size_t... kIndices>
-inline void unrolled(std::index_sequence<kIndices...>, const Fn& fn) {
-  (fn(std::integral_constant<int, kIndices>{}), ...);
-}
-
-template <int kCount, typename Fn>
-inline void unrolled(const Fn& fn) {
-  unrolled(std::make_index_sequence<kCount>{}, fn);
-}
 
 // What a unit holds: elements of x and of the weights along K.
 template <typename T>
