@@ -61,6 +61,7 @@ def interleave(
     slice_seconds: float = 0.03,
     calls: Mapping[str, int] | None = None,
     on_call: Callable[[str, int], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time the implementations in turn.
 
@@ -73,6 +74,8 @@ def interleave(
         calls: how often an implementation is called in a round, for those that ran
             before and are known to take long; they get no uncounted round.
         on_call: called as ``on_call(name, round)`` before each measurement, from round 0.
+        clock: seconds; ``time.thread_time`` leaves out what other processes take from
+            work on a single thread.
     """
     number = dict(calls or {})
     for name, variants in thunks.items():
@@ -84,12 +87,12 @@ def interleave(
             if on_call is not None:
                 on_call(name, index)
             synchronise(device)
-            start = time.perf_counter()
+            start = clock()
             for _ in range(number[name]):
                 for thunk in variants:
                     thunk()
             synchronise(device)
-            seconds[name].append((time.perf_counter() - start) / (number[name] * len(variants)))
+            seconds[name].append((clock() - start) / (number[name] * len(variants)))
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 

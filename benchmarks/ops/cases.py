@@ -225,6 +225,45 @@ def attention(
     return make
 
 
+class Linear(torch.nn.Module):
+    """A layer and what follows it. Parameters, so that the compiler may pack them ahead."""
+
+    def __init__(self, width: int, out: int, activation: str | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(width, out, dtype=dtype).requires_grad_(False)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        if self.activation == "gelu_tanh":
+            return F.gelu(y, approximate="tanh")
+        if self.activation == "geglu":
+            value, gate = y.chunk(2, dim=-1)
+            return value * F.gelu(gate)
+        return y
+
+
+def linear(rows: int, width: int, out: int, activation: str | None = None) -> Callable[..., Inputs]:
+    """A linear layer of a transformer, with the activation that follows it."""
+
+    def make(dtype: torch.dtype, device: str) -> Inputs:
+        columns = 2 * out if activation == "geglu" else out
+        module = Linear(width, columns, activation, dtype).to(device)
+        weight, bias = module.layer.weight, module.layer.bias
+        x = torch.randn(rows, width, device=device).to(dtype)
+        result = torch.empty(rows, out, dtype=dtype, device=device)
+        return _bind(
+            module,
+            (x,),
+            lambda: ops.linear(x, weight, bias, activation=activation, out=result),
+            lambda: ops.linear(x, weight, bias, activation=activation),
+            _nbytes(x, weight, result),
+            2 * rows * width * columns,
+        )
+
+    return make
+
+
 def temporal_attention(
     batch: int, frames: int, pixels: int, heads: int, dim: int
 ) -> Callable[..., Inputs]:
@@ -381,6 +420,13 @@ CASES = [
          attention(2, 4096, 120, 16, 72, masked=True)),
     Case("attention", "AnimateDiff 8x1024, 8x40", "compute", attention(8, 1024, 1024, 8, 40)),
     Case("attention", "AnimateDiff 1x4096, 8x40", "compute", attention(1, 4096, 4096, 8, 40)),
+    Case("linear", "PixArt 8192 rows 1152->1152", "compute", linear(8192, 1152, 1152)),
+    Case("linear", "DiT 512 rows 1152->4608, GELU", "compute",
+         linear(512, 1152, 4608, "gelu_tanh")),
+    Case("linear", "PixArt 8192 rows 1152->4608, GELU", "compute",
+         linear(8192, 1152, 4608, "gelu_tanh")),
+    Case("linear", "AnimateDiff 8192 rows 320->1280, GEGLU", "compute",
+         linear(8192, 320, 1280, "geglu")),
     Case("temporal_attention", "AnimateDiff 2x16x4096, 8x40", "memory",
          temporal_attention(2, 16, 4096, 8, 40)),
     Case("temporal_attention", "AnimateDiff 2x16x256, 8x160", "memory",
@@ -399,3 +445,11 @@ CASES = [
     Case("weighted_sum", "AnimateDiff 32x320x64x64, 2 slots", "memory",
          weighted_sum((32, 320, 64, 64), 2)),
 ]  # fmt: skip
+
+# What levels.py measures of them: one size of each operator, as the models have it.
+LEVEL_SIZES = {
+    "AnimateDiff 32x320x64x64", "PixArt 2x4096x1152", "DiT 2x256x1152", "AnimateDiff 32768x1280",
+    "PixArt 8192x4608", "8192x4608", "8192x1280", "PixArt 512 2x1024, 16x72",
+    "AnimateDiff 2x16x4096, 8x40", "SVD 28x320x32x56", "2x4x16x64x64", "PixArt 2x4096x1152, L2",
+    "PixArt 2x4096x1152, 3 slots", "DiT 512 rows 1152->4608, GELU",
+}  # fmt: skip

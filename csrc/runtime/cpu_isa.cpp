@@ -1,18 +1,21 @@
 #include "accelrt/cpu_isa.h"
 
+#include <unistd.h>
+
 #if defined(ACCELRT_HAVE_X86_ISA)
 #include <cpuid.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
 
 #include "accelrt/check.h"
+#include "accelrt/streaming.h"
 
 namespace accelrt {
 namespace {
@@ -114,6 +117,20 @@ Isa active_isa() {
 
 void set_isa(const std::string& name) {
   g_isa.store(static_cast<int>(parse(name)), std::memory_order_relaxed);
+}
+
+int64_t last_level_cache_bytes() {
+  static const int64_t bytes = [] {
+    constexpr int64_t kMost = int64_t{32} << 20;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    for (const int level : {_SC_LEVEL3_CACHE_SIZE, _SC_LEVEL2_CACHE_SIZE}) {
+      const int64_t size = sysconf(level);
+      if (size > 0) return std::min(size, kMost);
+    }
+#endif
+    return kMost;
+  }();
+  return bytes;
 }
 
 }  // namespace accelrt

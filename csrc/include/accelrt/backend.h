@@ -21,3 +21,13 @@
       ACCELRT_CALL_CPU(cpu, params);                        \
     }                                                       \
   } while (0)
+
+// For an operator that was declared with ACCELRT_DECLARE_CPU_BF16 too.
+#define ACCELRT_RUN_BF16(device_, cpu, launcher, params, stream) \
+  do {                                                           \
+    if ((device_) == ::accelrt::Device::kCUDA) {                 \
+      ACCELRT_CALL_CUDA(launcher, params, stream);               \
+    } else {                                                     \
+      ACCELRT_CALL_CPU_BF16(cpu, params);                        \
+    }                                                            \
+  } while (0)

@@ -3,7 +3,7 @@
 // matrix products gain by it (ACCELRT_BF16_OPS in CMakeLists.txt). The others run their avx512
 // kernels there: the conversion instructions of AVX512-BF16 flush subnormals, theirs do not.
 //
-// The same operators have an <op>_tiles.cpp for bfloat16 on the tile registers of AMX, compiled
+// Some of these have an <op>_tiles.cpp for bfloat16 on the tile registers of AMX, compiled
 // with the instructions (amx) and with their emulation (amx_emulated). What else is called at
 // these two levels runs as at avx512bf16.
 #pragma once
@@ -43,8 +43,10 @@ void set_isa(const std::string& name);
 // A simulator build that holds the CUDA sources alone.
 #define ACCELRT_DECLARE_CPU(name, Params)
 #define ACCELRT_DECLARE_CPU_BF16(name, Params)
+#define ACCELRT_DECLARE_CPU_TILES(name, Params)
 #define ACCELRT_CALL_CPU(name, params) ACCELRT_CHECK(false, #name ": this build has no CPU kernels")
 #define ACCELRT_CALL_CPU_BF16(name, params) ACCELRT_CALL_CPU(name, params)
+#define ACCELRT_CALL_CPU_TILES(name, params) ACCELRT_CALL_CPU(name, params)
 #elif defined(ACCELRT_HAVE_X86_ISA)
 #define ACCELRT_DECLARE_CPU_IN(isa, name, Params) \
   namespace isa {                                 \
@@ -54,8 +56,8 @@ void set_isa(const std::string& name);
   ACCELRT_DECLARE_CPU_IN(generic, name, Params) \
   ACCELRT_DECLARE_CPU_IN(avx2, name, Params)    \
   ACCELRT_DECLARE_CPU_IN(avx512, name, Params)
-#define ACCELRT_DECLARE_CPU_BF16(name, Params)       \
-  ACCELRT_DECLARE_CPU_IN(avx512bf16, name, Params)   \
+#define ACCELRT_DECLARE_CPU_BF16(name, Params) ACCELRT_DECLARE_CPU_IN(avx512bf16, name, Params)
+#define ACCELRT_DECLARE_CPU_TILES(name, Params)      \
   ACCELRT_DECLARE_CPU_IN(amx_emulated, name, Params) \
   ACCELRT_DECLARE_CPU_IN(amx, name, Params)
 #define ACCELRT_CALL_CPU(name, params)                             \
@@ -70,7 +72,16 @@ void set_isa(const std::string& name);
     }                                                              \
   } while (0)
 // For an operator that was declared with ACCELRT_DECLARE_CPU_BF16 too.
-#define ACCELRT_CALL_CPU_BF16(name, params)                           \
+#define ACCELRT_CALL_CPU_BF16(name, params)                       \
+  do {                                                            \
+    if (::accelrt::active_isa() >= ::accelrt::Isa::kAVX512BF16) { \
+      avx512bf16::name(params);                                   \
+    } else {                                                      \
+      ACCELRT_CALL_CPU(name, params);                             \
+    }                                                             \
+  } while (0)
+// For one that was also declared with ACCELRT_DECLARE_CPU_TILES.
+#define ACCELRT_CALL_CPU_TILES(name, params)                          \
   do {                                                                \
     const ::accelrt::Isa isa = ::accelrt::active_isa();               \
     const bool tiles = (params).dtype == ::accelrt::DType::kBFloat16; \
@@ -78,10 +89,8 @@ void set_isa(const std::string& name);
       amx::name(params);                                              \
     } else if (tiles && isa == ::accelrt::Isa::kAMXEmulated) {        \
       amx_emulated::name(params);                                     \
-    } else if (isa >= ::accelrt::Isa::kAVX512BF16) {                  \
-      avx512bf16::name(params);                                       \
     } else {                                                          \
-      ACCELRT_CALL_CPU(name, params);                                 \
+      ACCELRT_CALL_CPU_BF16(name, params);                            \
     }                                                                 \
   } while (0)
 #else
@@ -90,6 +99,8 @@ void set_isa(const std::string& name);
   void name(const Params&);               \
   }
 #define ACCELRT_DECLARE_CPU_BF16(name, Params)
+#define ACCELRT_DECLARE_CPU_TILES(name, Params)
 #define ACCELRT_CALL_CPU(name, params) generic::name(params)
 #define ACCELRT_CALL_CPU_BF16(name, params) generic::name(params)
+#define ACCELRT_CALL_CPU_TILES(name, params) generic::name(params)
 #endif

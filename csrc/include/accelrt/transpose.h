@@ -10,8 +10,10 @@ namespace ACCELRT_ISA {
 inline VFloat interleave_low(VFloat a, VFloat b) {
 #if defined(__AVX512F__)
   return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-#else
+#elif defined(__AVX2__)
   return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
 #endif
 }
 
@@ -19,8 +21,10 @@ inline VFloat interleave_high(VFloat a, VFloat b) {
 #if defined(__AVX512F__)
   return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
                                  31);
-#else
+#elif defined(__AVX2__)
   return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
 #endif
 }
 
@@ -38,6 +42,7 @@ inline void transpose(VFloat (&x)[kLanes]) {
   VFloat y[kLanes];
   transpose_step(x, y);
   transpose_step(y, x);
+  if constexpr (kLanes == 4) return;
   transpose_step(x, y);
   if constexpr (kLanes == 16) {
     transpose_step(y, x);

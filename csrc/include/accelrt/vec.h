@@ -1,9 +1,10 @@
 // The SIMD vector of the instruction set that a file is compiled for.
 //
-// Vec holds kLanes floats (16 with AVX-512, 8 otherwise) in a compiler vector, so
-// that one source serves all instruction sets; intrinsics appear only where the compiler does
-// not find the instruction. Every name lives in namespace accelrt::ACCELRT_ISA, so the variants
-// never mix at link time.
+// Vec holds kLanes floats (16 with AVX-512, 8 with AVX2, 4 otherwise: a register of each; g++
+// takes vectors of more than one apart, some of them into scalars) in a compiler vector, so that
+// one source serves all instruction sets; intrinsics appear only where the compiler does not find
+// the instruction. Every name lives in namespace accelrt::ACCELRT_ISA, so the variants never mix at
+// link time.
 #pragma once
 
 #include <cmath>
@@ -12,6 +13,8 @@
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #include "accelrt/types.h"
@@ -25,8 +28,10 @@ namespace ACCELRT_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
-#else
+#elif defined(__AVX2__)
 constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
 #endif
 
 typedef float VFloat __attribute__((vector_size(kLanes * 4)));
@@ -68,6 +73,10 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 }
 inline Vec min(Vec a, Vec b) { return (VFloat)_mm256_min_ps((__m256)a.v, (__m256)b.v); }
 inline Vec max(Vec a, Vec b) { return (VFloat)_mm256_max_ps((__m256)a.v, (__m256)b.v); }
+#elif defined(__SSE2__)
+inline Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
+inline Vec min(Vec a, Vec b) { return (VFloat)_mm_min_ps((__m128)a.v, (__m128)b.v); }
+inline Vec max(Vec a, Vec b) { return (VFloat)_mm_max_ps((__m128)a.v, (__m128)b.v); }
 #else
 inline Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
 inline Vec min(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
@@ -118,6 +127,9 @@ inline Vec load(const bfloat16* p) {
 #elif defined(__AVX2__)
   const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return (VFloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
+#elif defined(__SSE2__)
+  const __m128i h = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return (VFloat)_mm_unpacklo_epi16(_mm_setzero_si128(), h);
 #else
   VHalfBits h;
   std::memcpy(&h, p, sizeof(h));
@@ -141,23 +153,37 @@ inline void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof(a.v)); }
 
 // The bits of the nearest bfloat16 in the high half of each lane, anything in the low half.
 inline VUInt bfloat16_high_bits(Vec a) {
+#if defined(__AVX512F__)
+  const __m512i u = (__m512i)a.v;
+  const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)a.v, (__m512)a.v, _CMP_UNORD_Q);
+  const __m512i down = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
+  const __m512i even = _mm512_mask_add_epi32(down, odd, down, _mm512_set1_epi32(1));
+  return (VUInt)_mm512_mask_or_epi32(even, nan, u, _mm512_set1_epi32(0x400000));
+#else
   const VUInt u = reinterpret_cast<VUInt>(a.v);
   const VUInt rounded = u + 0x7fffu + ((u >> 16) & 1u);
   return a.v != a.v ? u | 0x400000u : rounded;
+#endif
 }
 
 inline VUInt bfloat16_bits(Vec a) { return bfloat16_high_bits(a) >> 16; }
 
 inline void store(bfloat16* p, Vec a) {
-  const VUInt bits = bfloat16_bits(a);
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)bits));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16((__m512i)bfloat16_bits(a)));
 #elif defined(__AVX2__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm_packus_epi32(_mm256_castsi256_si128((__m256i)bits),
-                                    _mm256_extracti128_si256((__m256i)bits, 1)));
+  const __m256i bits = (__m256i)bfloat16_bits(a);
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i*>(p),
+      _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
+#elif defined(__SSE2__)
+  // Sign-extended halves: the signed saturation of the only narrowing move leaves them alone.
+  const __m128i bits = _mm_srai_epi32((__m128i)bfloat16_high_bits(a), 16);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(bits, bits));
 #else
-  const VHalfBits h = __builtin_convertvector(bits, VHalfBits);
+  const VHalfBits h = __builtin_convertvector(bfloat16_bits(a), VHalfBits);
   std::memcpy(p, &h, sizeof(h));
 #endif
 }
@@ -196,9 +222,53 @@ inline void store_pair(T* p, Vec a, Vec b) {
   store(p + kLanes, b);
 }
 
+inline VUInt pair_bits(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (VUInt)_mm512_mask_mov_epi16((__m512i)bfloat16_bits(a), 0xaaaaaaaau,
+                                      (__m512i)bfloat16_high_bits(b));
+#else
+  return bfloat16_bits(a) | (bfloat16_high_bits(b) & 0xffff0000u);
+#endif
+}
+
 inline void store_pair(bfloat16* p, Vec a, Vec b) {
-  const VUInt u = bfloat16_bits(a) | (bfloat16_high_bits(b) & 0xffff0000u);
+  const VUInt u = pair_bits(a, b);
   std::memcpy(p, &u, sizeof(u));
+}
+
+// A store past the caches; p is aligned to the vector.
+inline void stream(void* p, VUInt a) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)a);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)a);
+#elif defined(__SSE2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)a);
+#else
+  std::memcpy(p, &a, sizeof(a));
+#endif
+}
+
+// store_pair, past the caches if asked (see streaming.h); p is then aligned to a cache line.
+template <typename T>
+inline void store_pair(T* p, Vec a, Vec b, bool past) {
+  if (!past) return store_pair(p, a, b);
+  if constexpr (sizeof(T) == 4) {
+    stream(p, reinterpret_cast<VUInt>(a.v));
+    stream(p + kLanes, reinterpret_cast<VUInt>(b.v));
+  } else {
+    alignas(64) T values[2 * kLanes];
+    store_pair(values, a, b);
+    VUInt u;
+    std::memcpy(&u, values, sizeof(u));
+    stream(p, u);
+  }
+}
+
+template <>
+inline void store_pair(bfloat16* p, Vec a, Vec b, bool past) {
+  if (!past) return store_pair(p, a, b);
+  stream(p, pair_bits(a, b));
 }
 
 // The first n < kLanes elements; the other lanes read as `fill` and are not written.
@@ -385,14 +455,36 @@ inline Vec coarse_reciprocal(Vec a) {
 #endif
 }
 
-// 2^(k + f) for |f| <= 1/2, where t = k + kRoundMagic and k is in [-126, 126].
-inline Vec coarse_exp2(Vec t, Vec f) {
+// 2^x with a relative error below 8e-5. With AVX-512 any x, infinities too; otherwise one in
+// [-126.5, 126.5].
+inline Vec coarse_exp2(Vec x) {
+#if defined(__AVX512F__)
+  // x less its integer part, which scalef takes from x itself.
+  const Vec f = (VFloat)_mm512_reduce_ps((__m512)x.v, _MM_FROUND_TO_NEG_INF);
+  Vec p = fma(f, Vec(7.802452e-2f), Vec(2.2606717e-1f));
+  p = fma(p, f, Vec(6.958335e-1f));
+  p = fma(p, f, Vec(9.999252e-1f));
+  return (VFloat)_mm512_scalef_ps((__m512)p.v, (__m512)x.v);
+#else
+  const Vec t = x + Vec(kRoundMagic);
+  const Vec f = x - (t - Vec(kRoundMagic));
   Vec p = fma(f, Vec(9.58285e-3f), Vec(5.590643e-2f));
   p = fma(p, f, Vec(2.4024099e-1f));
   p = fma(p, f, Vec(6.9312418e-1f));
   p = fma(p, f, Vec(1.f));
   return reinterpret_cast<VFloat>(reinterpret_cast<VUInt>(p.v) +
                                   (reinterpret_cast<VUInt>(t.v) << 23));
+#endif
+}
+
+// The argument of an exponential, not above `most` where coarse_exp2 needs that.
+inline Vec at_most(float most, Vec x) {
+#if defined(__AVX512F__)
+  static_cast<void>(most);
+  return x;
+#else
+  return min(Vec(most), x);
+#endif
 }
 
 template <typename T>
@@ -404,10 +496,8 @@ template <>
 inline Vec silu_to<bfloat16>(Vec x) {
   constexpr float kEnd = 87.f;  // of the exponential; what is beyond is below 1e-35
   const Vec from = max(Vec(-kEnd), x);
-  const Vec c = min(Vec(kEnd), from);
-  const Vec t = fma(c, Vec(-kLog2E), Vec(kRoundMagic));
-  const Vec f = fma(c, Vec(-kLog2E), Vec(kRoundMagic) - t);
-  return from * coarse_reciprocal(Vec(1.f) + coarse_exp2(t, f));
+  const Vec e = coarse_exp2(at_most(kEnd, from) * Vec(-kLog2E));
+  return from * coarse_reciprocal(Vec(1.f) + e);
 }
 
 template <typename T>
@@ -419,11 +509,9 @@ template <>
 inline Vec gelu_tanh_to<bfloat16>(Vec x) {
   constexpr float kEnd = 10.f;  // there the exponent is -+126
   const Vec from = max(Vec(-kEnd), x);
-  const Vec c = min(Vec(kEnd), from);
+  const Vec c = at_most(kEnd, from);
   const Vec y = fma(c * c, Vec(-0.0713548162726f * kLog2E), Vec(-1.5957691216057f * kLog2E));
-  const Vec t = fma(c, y, Vec(kRoundMagic));
-  const Vec f = fma(c, y, Vec(kRoundMagic) - t);
-  return from * coarse_reciprocal(Vec(1.f) + coarse_exp2(t, f));
+  return from * coarse_reciprocal(Vec(1.f) + coarse_exp2(c * y));
 }
 
 template <typename T>
@@ -431,19 +519,21 @@ inline Vec gelu_to(Vec x) {
   return gelu(x);
 }
 
+// max(x, 0) - |x| tail(|x|) with the tail, erfc(|x| / sqrt 2) / 2, as a power of two: the minimax
+// polynomial of its logarithm has an error of 1.6e-4.
 template <>
 inline Vec gelu_to<bfloat16>(Vec x) {
   constexpr float kEnd = 12.9f;  // the tail is below 3e-38 from here on
   const Vec a = min(Vec(kEnd), abs(x));
-  const Vec t = coarse_reciprocal(fma(a, Vec(0.37f), Vec(1.f)));
-  Vec q = fma(t, Vec(-0.09039003402f), Vec(0.210021078587f));
-  q = fma(q, t, Vec(0.076067268848f));
-  q = fma(q, t, Vec(0.157399997115f));
-  q = fma(q, t, Vec(0.146917030215f));
-  const Vec square = a * a;
-  const Vec rounded = fma(square, Vec(-0.5f * kLog2E), Vec(kRoundMagic));
-  const Vec f = fma(square, Vec(-0.5f * kLog2E), Vec(kRoundMagic) - rounded);
-  return max(x, Vec(0.f)) - (a * t) * (q * coarse_exp2(rounded, f));
+  Vec y = fma(a, Vec(2.93533695e-8f), Vec(-1.83704947e-6f));
+  y = fma(y, a, Vec(4.96131579e-5f));
+  y = fma(y, a, Vec(-7.64293887e-4f));
+  y = fma(y, a, Vec(7.53157865e-3f));
+  y = fma(y, a, Vec(-5.11385426e-2f));
+  y = fma(y, a, Vec(-4.62292433e-1f));
+  y = fma(y, a, Vec(-1.14930749f));
+  y = fma(y, a, Vec(-1.00015962f));
+  return fma(Vec(0.f) - a, coarse_exp2(y), max(x, Vec(0.f)));
 }
 
 }  // namespace ACCELRT_ISA

@@ -2,6 +2,7 @@
 
 #include "accelrt/dispatch.h"
 #include "accelrt/parallel.h"
+#include "accelrt/streaming.h"
 #include "accelrt/vec.h"
 #include "kernels/activation/activation.h"
 
@@ -19,7 +20,7 @@ Vec apply(Vec x) {
 
 // n elements with unit strides. No __restrict__: out may be x.
 template <typename T, ActivationKind kKind, bool kBias>
-void contiguous_part(const T* x, const T* bias, T* out, int64_t n) {
+void contiguous_part(const T* x, const T* bias, T* out, int64_t n, bool past) {
   for_pairs(
       n,
       [&](int64_t i) {
@@ -31,7 +32,7 @@ void contiguous_part(const T* x, const T* bias, T* out, int64_t n) {
           a += c;
           b += d;
         }
-        store_pair(out + i, apply<T, kKind>(a), apply<T, kKind>(b));
+        store_pair(out + i, apply<T, kKind>(a), apply<T, kKind>(b), past);
       },
       [&](int64_t i, int lanes) {
         Vec v = load_any(x + i, lanes);
@@ -42,13 +43,16 @@ void contiguous_part(const T* x, const T* bias, T* out, int64_t n) {
 
 // [begin, end) of one row.
 template <typename T, ActivationKind kKind>
-void row_part(const ActivationParams& p, const T* x, T* out, int64_t begin, int64_t end) {
+void row_part(const ActivationParams& p, const T* x, T* out, int64_t begin, int64_t end,
+              bool streams) {
   const T* bias = static_cast<const T*>(p.bias);
   if (p.rows.unit_inner()) {
+    const bool past = streams && starts_line(out + begin);
     if (bias != nullptr) {
-      contiguous_part<T, kKind, true>(x + begin, bias + begin, out + begin, end - begin);
+      contiguous_part<T, kKind, true>(x + begin, bias + begin, out + begin, end - begin,
+                                      past);
     } else {
-      contiguous_part<T, kKind, false>(x + begin, nullptr, out + begin, end - begin);
+      contiguous_part<T, kKind, false>(x + begin, nullptr, out + begin, end - begin, past);
     }
     return;
   }
@@ -65,6 +69,8 @@ void run(const ActivationParams& p) {
   constexpr int64_t kPiece = 16384;
   const int64_t pieces = (p.rows.inner + kPiece - 1) / kPiece;
   const int64_t grain = std::max<int64_t>(1, kPiece / std::min(p.rows.inner, kPiece));
+  const bool streams =
+      p.out != p.x && worth_streaming(p.rows.rows * p.rows.inner * size_of(p.dtype));
   parallel_for(0, p.rows.rows * pieces, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       int64_t offset[2];
@@ -72,8 +78,9 @@ void run(const ActivationParams& p) {
       const int64_t from = (i % pieces) * kPiece;
       row_part<T, kKind>(p, static_cast<const T*>(p.x) + offset[0],
                          static_cast<T*>(p.out) + offset[1], from,
-                         std::min(from + kPiece, p.rows.inner));
+                         std::min(from + kPiece, p.rows.inner), streams);
     }
+    end_streaming(streams);
   });
 }
 

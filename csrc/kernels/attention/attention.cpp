@@ -77,7 +77,7 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v,
   params.head_dim = static_cast<int>(q.size[3]);
   params.scale = scale;
   params.dtype = q.dtype;
-  ACCELRT_CALL_CPU_BF16(attention_cpu, params);
+  ACCELRT_CALL_CPU_TILES(attention_cpu, params);
 }
 
 }  // namespace accelrt

@@ -50,5 +50,6 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v,
 
 ACCELRT_DECLARE_CPU(attention_cpu, AttentionParams)
 ACCELRT_DECLARE_CPU_BF16(attention_cpu, AttentionParams)
+ACCELRT_DECLARE_CPU_TILES(attention_cpu, AttentionParams)
 
 }  // namespace accelrt

@@ -103,20 +103,11 @@ struct Bfloat16Math {
     return (VFloat)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
   }
 
-  // 2^x with a relative error below 8e-5, a twentieth of what the rounding to bfloat16 adds.
-  static Vec exp2_coarse(Vec x) {
-    const Vec f = (VFloat)_mm512_reduce_ps((__m512)x.v, _MM_FROUND_TO_NEG_INF);
-    Vec p = fma(f, Vec(7.802452e-2f), Vec(2.2606717e-1f));
-    p = fma(p, f, Vec(6.958335e-1f));
-    p = fma(p, f, Vec(9.999252e-1f));
-    return (VFloat)_mm512_scalef_ps((__m512)p.v, (__m512)x.v);
-  }
-
   // The sum is that of the rounded weights, so that the weights used add up to one.
   static Vec weigh(float* s, int64_t count, float factor, float top) {
     const __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
     const auto weight = [&](int64_t i) {
-      return (__m512)exp2_coarse((load(s + i) - Vec(top)) * Vec(factor)).v;
+      return (__m512)coarse_exp2((load(s + i) - Vec(top)) * Vec(factor)).v;
     };
     __m512 sum = _mm512_setzero_ps();
     int64_t i = 0;

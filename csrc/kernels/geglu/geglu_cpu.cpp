@@ -2,6 +2,7 @@
 
 #include "accelrt/dispatch.h"
 #include "accelrt/parallel.h"
+#include "accelrt/streaming.h"
 #include "accelrt/vec.h"
 #include "kernels/geglu/geglu.h"
 
@@ -19,7 +20,7 @@ Vec apply(Vec value, Vec gate) {
 // n elements of one row, all pointers with unit stride. No __restrict__: out may be the value.
 template <typename T, ActivationKind kKind, bool kBias>
 void contiguous_part(const T* value, const T* gate, const T* value_bias, const T* gate_bias, T* out,
-                     int64_t n) {
+                     int64_t n, bool past) {
   // The halves of a row are short runs, which the hardware's prefetcher follows late. What lies
   // behind a half is the other half, or the next row.
   constexpr int64_t kAhead = 1024 / sizeof(T);
@@ -42,7 +43,7 @@ void contiguous_part(const T* value, const T* gate, const T* value_bias, const T
           g0 += a;
           g1 += b;
         }
-        store_pair(out + i, apply<T, kKind>(v0, g0), apply<T, kKind>(v1, g1));
+        store_pair(out + i, apply<T, kKind>(v0, g0), apply<T, kKind>(v1, g1), past);
       },
       [&](int64_t i, int lanes) {
         Vec v = load_any(value + i, lanes);
@@ -89,6 +90,8 @@ void run(const GegluParams& p) {
   const T* bias = static_cast<const T*>(p.bias);
   const T* gate_bias = static_cast<const T*>(p.gate_bias);
   const bool unit = p.rows.unit_inner();
+  const bool streams =
+      p.out != p.x && worth_streaming(p.rows.rows * p.rows.inner * size_of(p.dtype));
   parallel_for(0, p.rows.rows * pieces, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       int64_t offset[2];
@@ -98,16 +101,18 @@ void run(const GegluParams& p) {
       T* out = static_cast<T*>(p.out) + offset[1];
       const int64_t from = (i % pieces) * kPiece;
       const int64_t to = std::min(from + kPiece, p.rows.inner);
+      const bool past = streams && starts_line(out + from);
       if (!unit) {
         strided_part<T, kKind>(p, value, gate, out, from, to);
       } else if (bias != nullptr) {
         contiguous_part<T, kKind, true>(value + from, gate + from, bias + from, gate_bias + from,
-                                        out + from, to - from);
+                                        out + from, to - from, past);
       } else {
         contiguous_part<T, kKind, false>(value + from, gate + from, nullptr, nullptr, out + from,
-                                         to - from);
+                                         to - from, past);
       }
     }
+    end_streaming(streams);
   });
 }
 

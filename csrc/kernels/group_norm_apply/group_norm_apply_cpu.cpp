@@ -3,10 +3,12 @@
 // into the offset: centre * gain would cancel where |mean| is much larger than the deviation.
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "accelrt/dispatch.h"
 #include "accelrt/parallel.h"
+#include "accelrt/streaming.h"
 #include "accelrt/vec.h"
 #include "kernels/group_norm_apply/group_norm_apply.h"
 
@@ -17,15 +19,28 @@ namespace {
 constexpr int64_t kItem = 32768;   // elements
 constexpr int64_t kGrain = 16384;  // below it a second thread costs more than it saves
 
+// Where the coefficients of a channel and of those after it are.
+struct Table {
+  const float* centre;
+  const float* gain;
+  const float* offset;
+
+  Table from(int64_t channel) const { return {centre + channel, gain + channel, offset + channel}; }
+};
+
 // Of one image.
 class Coefficients {
  public:
   explicit Coefficients(int64_t channels)
-      : channels_(channels), stride_(channels + kLanes), floats_(4 * stride_) {}
+      : channels_(channels), stride_(channels + kLanes), floats_(7 * stride_) {}
 
-  const float* centre() const { return floats_.data(); }
-  const float* gain() const { return floats_.data() + stride_; }
-  const float* offset() const { return floats_.data() + 2 * stride_; }
+  // From `channel` on, in their order.
+  Table natural(int64_t channel) const { return table(0).from(channel); }
+  // In the order of load_pair<T>: every 2 kLanes channels from the first of a part.
+  template <typename T>
+  Table paired(int64_t channel) const {
+    return table(std::is_same_v<T, bfloat16> ? 4 : 0).from(channel);
+  }
 
   template <typename T>
   void update(const GroupNormApplyParams& p, int64_t image) {
@@ -54,6 +69,9 @@ class Coefficients {
       });
     }
     if (read<T>(p.shift, image, row)) each([&](int64_t c) { offset[c] += row[c]; });
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      for (int i = 0; i < s.parts; ++i) pair_up(s.part[i].first, s.part[i].channels);
+    }
   }
 
  private:
@@ -74,9 +92,28 @@ class Coefficients {
     for (int64_t c = 0; c < channels_; ++c) fn(c);
   }
 
+  Table table(int64_t row) const {
+    const float* first = floats_.data() + row * stride_;
+    return {first, first + stride_, first + 2 * stride_};
+  }
+
+  // Even and odd channels apart, as load_pair has them.
+  void pair_up(int64_t first, int64_t channels) {
+    for (int row = 0; row < 3; ++row) {
+      const float* from = floats_.data() + row * stride_ + first;
+      float* to = floats_.data() + (row + 4) * stride_ + first;
+      for (int64_t c = 0; c + 2 * kLanes <= channels; c += 2 * kLanes) {
+        for (int i = 0; i < kLanes; ++i) {
+          to[c + i] = from[c + 2 * i];
+          to[c + kLanes + i] = from[c + 2 * i + 1];
+        }
+      }
+    }
+  }
+
   int64_t channels_;
   int64_t stride_;
-  std::vector<float> floats_;
+  std::vector<float> floats_;  // centre, gain, offset; a row of scratch; the same three, paired
   int64_t image_ = -1;
 };
 
@@ -87,48 +124,39 @@ inline Vec normalise(Vec x, Vec centre, Vec gain, Vec offset) {
   return y;
 }
 
-// The table of the channels [c, c + lanes), and kRows pixels of them.
-template <int kRows, bool kSiLU, typename T>
-[[gnu::always_inline]] inline void normalise_rows(const T* x, int64_t stride, int64_t c, int lanes,
-                                                  const float* centre, const float* gain,
-                                                  const float* offset, Vec (&y)[kRows]) {
-  const Vec m = load(centre + c);
-  const Vec a = load(gain + c);
-  const Vec b = load(offset + c);
-  for (int r = 0; r < kRows; ++r) {
-    y[r] = normalise<kSiLU, T>(load_any(x + r * stride + c, lanes), m, a, b);
-  }
+// Channels [c, c + lanes) of a pixel.
+template <bool kSiLU, typename T>
+inline Vec normalise_at(const T* x, int64_t c, int lanes, const Table& table) {
+  return normalise<kSiLU, T>(load_any(x + c, lanes), load(table.centre + c), load(table.gain + c),
+                             load(table.offset + c));
 }
 
-template <int kRows, typename T>
-[[gnu::always_inline]] inline void store_rows(T* out, int64_t stride, int64_t c, int lanes,
-                                              const Vec (&y)[kRows]) {
-  for (int r = 0; r < kRows; ++r) store_any(out + r * stride + c, lanes, y[r]);
-}
-
-// kRows pixels of one part; channels are contiguous. The last vector overlaps its neighbour
-// instead of being partial, and is read before anything is written: out may be x.
-template <int kRows, bool kSiLU, typename T>
-inline void pixels_of(const T* x, int64_t x_stride, T* out, int64_t out_stride, int64_t channels,
-                      const float* centre, const float* gain, const float* offset) {
-  Vec y[kRows];
+// One pixel of one part; channels are contiguous. The last vector overlaps its neighbour instead
+// of being partial, and is read before anything is written: out may be x.
+template <bool kSiLU, typename T>
+inline void pixel_of(const T* x, T* out, int64_t channels, const Table& natural,
+                     const Table& paired, bool past) {
   if (channels < kLanes) {
     const int lanes = static_cast<int>(channels);
-    normalise_rows<kRows, kSiLU>(x, x_stride, 0, lanes, centre, gain, offset, y);
-    store_rows<kRows>(out, out_stride, 0, lanes, y);
+    store_any(out, lanes, normalise_at<kSiLU>(x, 0, lanes, natural));
     return;
   }
   const int64_t end = channels - kLanes;
   const bool partial = channels % kLanes != 0;
-  Vec last[kRows];
-  if (partial) {
-    normalise_rows<kRows, kSiLU>(x, x_stride, end, kLanes, centre, gain, offset, last);
+  Vec last;
+  if (partial) last = normalise_at<kSiLU>(x, end, kLanes, natural);
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= channels; c += 2 * kLanes) {
+    Vec a, b, m0, m1, g0, g1, o0, o1;
+    load_pair(x + c, a, b);
+    load_pair(paired.centre + c, m0, m1);
+    load_pair(paired.gain + c, g0, g1);
+    load_pair(paired.offset + c, o0, o1);
+    store_pair(out + c, normalise<kSiLU, T>(a, m0, g0, o0), normalise<kSiLU, T>(b, m1, g1, o1),
+               past);
   }
-  for (int64_t c = 0; c <= end; c += kLanes) {
-    normalise_rows<kRows, kSiLU>(x, x_stride, c, kLanes, centre, gain, offset, y);
-    store_rows<kRows>(out, out_stride, c, kLanes, y);
-  }
-  if (partial) store_rows<kRows>(out, out_stride, end, kLanes, last);
+  if (c <= end) store(out + c, normalise_at<kSiLU>(x, c, kLanes, natural));
+  if (partial) store(out + end, last);
 }
 
 // n pixels of one channel.
@@ -172,37 +200,32 @@ struct Tile {
 
 template <bool kSiLU, typename T>
 void channels_last_tile(const GroupNormSource& s, const GroupNormPart& part, const Tile& tile,
-                        const T* x, T* out, const ImageStrides& to, const float* centre,
-                        const float* gain, const float* offset) {
-  constexpr int kRows = 1;
+                        const T* x, T* out, const ImageStrides& to, const Table& natural,
+                        const Table& paired, bool streams) {
   const ImageStrides& from = part.stride;
   s.for_segments(tile.begin, tile.end, [&](int64_t row, int64_t at, int64_t n) {
     const T* source = x + row * from.h + at * from.w;
     T* target = out + row * to.h + at * to.w;
-    int64_t i = 0;
-    for (; i + kRows <= n; i += kRows) {
-      pixels_of<kRows, kSiLU>(source + i * from.w, from.w, target + i * to.w, to.w, part.channels,
-                              centre, gain, offset);
-    }
-    if (i < n) {
-      pixels_of<1, kSiLU>(source + i * from.w, 0, target + i * to.w, 0, part.channels, centre, gain,
-                          offset);
+    for (int64_t i = 0; i < n; ++i) {
+      pixel_of<kSiLU>(source, target, part.channels, natural, paired,
+                      streams && starts_line(target));
+      source += from.w;
+      target += to.w;
     }
   });
 }
 
 template <bool kSiLU, typename T>
 void channel_tile(const GroupNormSource& s, const GroupNormPart& part, const Tile& tile, const T* x,
-                  T* out, const ImageStrides& to, const float* centre, const float* gain,
-                  const float* offset) {
+                  T* out, const ImageStrides& to, const Table& table) {
   const ImageStrides& from = part.stride;
   const int64_t from_w = s.width == 1 ? 1 : from.w;
   const int64_t to_w = s.width == 1 ? 1 : to.w;
   for (int64_t c = tile.c0; c < tile.c1; ++c) {
     s.for_segments(tile.begin, tile.end, [&](int64_t row, int64_t at, int64_t n) {
       channel_run<kSiLU>(x + c * from.c + row * from.h + at * from.w, from_w,
-                         out + c * to.c + row * to.h + at * to.w, to_w, n, centre[c], gain[c],
-                         offset[c]);
+                         out + c * to.c + row * to.h + at * to.w, to_w, n, table.centre[c],
+                         table.gain[c], table.offset[c]);
     });
   }
 }
@@ -230,6 +253,8 @@ void run_part(const GroupNormApplyParams& p, const GroupNormPart& part) {
   const int64_t channel_chunks = (part.channels + channel_chunk - 1) / channel_chunk;
   const int64_t per_image = pixel_chunks * channel_chunks;
   const int64_t grain = std::max<int64_t>(1, kGrain / (pixel_chunk * channel_chunk));
+  const bool streams = p.out != s.part[0].data && p.out != s.part[s.parts - 1].data &&
+                       worth_streaming(s.images * pixels * s.channels * size_of(s.dtype));
   parallel_for(0, s.images * per_image, grain, [&](int64_t first, int64_t last) {
     Coefficients coefficients(s.channels);
     for (int64_t i = first; i < last; ++i) {
@@ -240,18 +265,18 @@ void run_part(const GroupNormApplyParams& p, const GroupNormPart& part) {
       tile.begin = i % pixel_chunks * pixel_chunk;
       tile.end = std::min(tile.begin + pixel_chunk, pixels);
       coefficients.update<T>(p, tile.image);
-      const float* centre = coefficients.centre() + part.first;
-      const float* gain = coefficients.gain() + part.first;
-      const float* offset = coefficients.offset() + part.first;
+      const Table natural = coefficients.natural(part.first);
       // No __restrict__: out may be x.
       const T* x = static_cast<const T*>(part.data) + tile.image * from.n;
       T* out = static_cast<T*>(p.out) + tile.image * to.n + part.first * to.c;
       if (channels_last) {
-        channels_last_tile<kSiLU>(s, part, tile, x, out, to, centre, gain, offset);
+        channels_last_tile<kSiLU>(s, part, tile, x, out, to, natural,
+                                  coefficients.paired<T>(part.first), streams);
       } else {
-        channel_tile<kSiLU>(s, part, tile, x, out, to, centre, gain, offset);
+        channel_tile<kSiLU>(s, part, tile, x, out, to, natural);
       }
     }
+    end_streaming(streams);
   });
 }
 

@@ -9,6 +9,7 @@
 
 #include "accelrt/dispatch.h"
 #include "accelrt/parallel.h"
+#include "accelrt/streaming.h"
 #include "accelrt/vec.h"
 #include "kernels/layer_norm/layer_norm.h"
 
@@ -170,8 +171,9 @@ struct ResidualRow {
   const float* gate;
   const float* inject_scale;
   T* residual_out;
-  float* row;
+  float* row;  // may be residual_out
   int64_t n;
+  bool past;  // residual_out is stored past the caches
 
   void load(int64_t i, Vec& a, Vec& b) const {
     Vec x0, x1, g0, g1;
@@ -188,6 +190,8 @@ struct ResidualRow {
     }
   }
 
+  bool keeps_row() const { return static_cast<const void*>(row) != residual_out; }
+
   // Fills the row, and residual_out with its rounded values.
   Moments compute() const {
     float pivot = to_float(residual[0]) + gate[0] * to_float(x[0]);
@@ -198,8 +202,8 @@ struct ResidualRow {
         [&](int64_t i) {
           Vec a, b;
           load(i, a, b);
-          store_pair(residual_out + i, a, b);
-          if constexpr (!std::is_same_v<T, float>) store_pair(row + i, a, b);
+          store_pair(residual_out + i, a, b, past);
+          if (keeps_row()) store_pair(row + i, a, b);
           deviations.add(a, b);
         },
         [&](int64_t i, int lanes) {
@@ -210,7 +214,7 @@ struct ResidualRow {
             r = fma(load_any(inject_scale + i, lanes), load_any(inject + i, lanes), r);
           }
           store_any(residual_out + i, lanes, r);
-          if constexpr (!std::is_same_v<T, float>) store(row + i, r);
+          if (keeps_row()) store(row + i, r);
           deviations.add(r);
         });
     Moments moments = moments_of(deviations, pivot, n);
@@ -222,7 +226,7 @@ struct ResidualRow {
 // out = (row - mean) / std * factor + offset. The row of T or of float32 is in the order of T.
 template <typename S, typename T>
 void normalise(const S* row, const Moments& m, int64_t n, float eps, const float* factor,
-               const float* offset, T* out) {
+               const float* offset, T* out, bool past) {
   const float scale = 1.f / std::sqrt(m.variance + eps);
   const Vec pivot(m.pivot);
   const Vec rstd(scale);
@@ -235,7 +239,7 @@ void normalise(const S* row, const Moments& m, int64_t n, float eps, const float
         load_pair(factor + i, f0, f1);
         load_pair(offset + i, o0, o1);
         store_pair(out + i, fma(fma(a - pivot, rstd, minus), f0, o0),
-                   fma(fma(b - pivot, rstd, minus), f1, o1));
+                   fma(fma(b - pivot, rstd, minus), f1, o1), past);
       },
       [&](int64_t i, int lanes) {
         const Vec y = fma(load_any(row + i, lanes) - pivot, rstd, minus);
@@ -244,7 +248,7 @@ void normalise(const S* row, const Moments& m, int64_t n, float eps, const float
 }
 
 template <typename T, bool kInject>
-void residual_row(const LayerNormParams& p, int64_t b, int64_t s, Scratch& scratch) {
+void residual_row(const LayerNormParams& p, int64_t b, int64_t s, bool streams, Scratch& scratch) {
   ResidualRow<T, kInject> row;
   row.x = row_of<T>(p.x, b, s);
   row.residual = row_of<T>(p.residual, b, s);
@@ -253,24 +257,36 @@ void residual_row(const LayerNormParams& p, int64_t b, int64_t s, Scratch& scrat
   row.inject_scale = scratch.inject_scale();
   row.residual_out = row_to_write<T>(p.residual_out, b, s);
   row.n = p.width;
+  row.past = streams && starts_line(row.residual_out);
+  row.row = scratch.row();
   if constexpr (std::is_same_v<T, float>) {
-    row.row = row.residual_out;  // not rounded, so it serves as the row itself
-  } else {
-    row.row = scratch.row();
+    // Not rounded, so it serves as the row itself, if it stays in the cache.
+    if (!row.past) row.row = row.residual_out;
   }
   const Moments moments = row.compute();
-  normalise(row.row, moments, p.width, p.eps, scratch.factor(), scratch.offset(),
-            row_to_write<T>(p.out, b, s));
+  T* const out = row_to_write<T>(p.out, b, s);
+  normalise(row.row, moments, p.width, p.eps, scratch.factor(), scratch.offset(), out,
+            streams && starts_line(out));
 }
 
 template <typename T>
-void plain_row(const LayerNormParams& p, int64_t b, int64_t s, Scratch& scratch) {
+void plain_row(const LayerNormParams& p, int64_t b, int64_t s, bool streams, Scratch& scratch) {
   const T* x = row_of<T>(p.x, b, s);
   // The first element is a good pivot mostly, and one that proves bad is replaced.
   Moments moments = row_moments(x, p.width, to_float(x[0]));
   if (moments.cancelled()) moments = row_moments(x, p.width, moments.pivot + moments.rest);
-  normalise(x, moments, p.width, p.eps, scratch.factor(), scratch.offset(),
-            row_to_write<T>(p.out, b, s));
+  T* const out = row_to_write<T>(p.out, b, s);
+  normalise(x, moments, p.width, p.eps, scratch.factor(), scratch.offset(), out,
+            streams && starts_line(out));
+}
+
+// Whether the outputs are large, and none takes the place of an input.
+bool streams_results(const LayerNormParams& p) {
+  for (const void* in : {p.x.data, p.residual.data, p.inject.data}) {
+    if (in != nullptr && (in == p.out.data || in == p.residual_out.data)) return false;
+  }
+  const int64_t outputs = p.residual_out.data == nullptr ? 1 : 2;
+  return worth_streaming(outputs * p.batch * p.rows * p.width * size_of(p.dtype));
 }
 
 template <typename T, bool kResidual>
@@ -279,6 +295,7 @@ void run(const LayerNormParams& p) {
   const int64_t grain = std::max<int64_t>(1, kElements / p.width);
   const bool per_sample =
       p.scale.batch_stride != 0 || p.shift.batch_stride != 0 || p.gate.batch_stride != 0;
+  const bool streams = streams_results(p);
   parallel_for(0, p.batch * p.rows, grain, [&](int64_t begin, int64_t end) {
     Scratch scratch(p.width);
     int64_t prepared = -1;
@@ -290,13 +307,14 @@ void run(const LayerNormParams& p) {
         prepared = b;
       }
       if constexpr (!kResidual) {
-        plain_row<T>(p, b, s, scratch);
+        plain_row<T>(p, b, s, streams, scratch);
       } else if (p.inject.data != nullptr) {
-        residual_row<T, true>(p, b, s, scratch);
+        residual_row<T, true>(p, b, s, streams, scratch);
       } else {
-        residual_row<T, false>(p, b, s, scratch);
+        residual_row<T, false>(p, b, s, streams, scratch);
       }
     }
+    end_streaming(streams);
   });
 }
 

@@ -62,7 +62,7 @@ void linear(const TensorView& x, const TensorView& weight, const OptionalView& b
   p.gate_stride = gate ? gate->stride[0] : 0;
   p.rows_per_sample = rows_per_sample;
   p.dtype = x.dtype;
-  ACCELRT_CALL_CPU_BF16(linear_cpu, p);
+  ACCELRT_CALL_CPU_TILES(linear_cpu, p);
 }
 
 }  // namespace accelrt

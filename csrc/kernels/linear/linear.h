@@ -50,5 +50,6 @@ void linear(const TensorView& x, const TensorView& weight, const OptionalView& b
 
 ACCELRT_DECLARE_CPU(linear_cpu, LinearParams)
 ACCELRT_DECLARE_CPU_BF16(linear_cpu, LinearParams)
+ACCELRT_DECLARE_CPU_TILES(linear_cpu, LinearParams)
 
 }  // namespace accelrt

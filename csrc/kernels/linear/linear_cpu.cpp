@@ -10,6 +10,7 @@
 
 #include "accelrt/dispatch.h"
 #include "accelrt/parallel.h"
+#include "accelrt/unrolled.h"
 #include "kernels/linear/linear_parts.h"
 
 namespace accelrt {

@@ -8,9 +8,9 @@
 #include <cstring>
 #include <memory>
 #include <type_traits>
-#include <utility>
 
 #include "accelrt/transpose.h"
+#include "accelrt/unrolled.h"
 #include "accelrt/vec.h"
 #include "kernels/linear/linear.h"
 
@@ -28,18 +28,6 @@ constexpr bool kPairs =
 #else
     false;
 #endif
-
-// Calls fn with every index as a constant: g++ keeps an array in registers only if its loops are
-// gone before it looks.
-template <typename Fn, size_t... kIndices>
-inline void unrolled(std::index_sequence<kIndices...>, const Fn& fn) {
-  (fn(std::integral_constant<int, kIndices>{}), ...);
-}
-
-template <int kCount, typename Fn>
-inline void unrolled(const Fn& fn) {
-  unrolled(std::make_index_sequence<kCount>{}, fn);
-}
 
 // What a unit holds: elements of x and of the weights along K.
 template <typename T>

@@ -56,7 +56,7 @@ void temporal_attention(const TensorView& q, const TensorView& k, const TensorVi
   params.head_dim = static_cast<int>(head_dim);
   params.scale = scale;
   params.dtype = q.dtype;
-  ACCELRT_RUN(q.device, temporal_attention_cpu, launch_temporal_attention, params, stream);
+  ACCELRT_RUN_BF16(q.device, temporal_attention_cpu, launch_temporal_attention, params, stream);
 }
 
 }  // namespace accelrt

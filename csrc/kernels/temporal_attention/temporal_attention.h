@@ -42,6 +42,7 @@ void temporal_attention(const TensorView& q, const TensorView& k, const TensorVi
                         Stream stream = nullptr);
 
 ACCELRT_DECLARE_CPU(temporal_attention_cpu, TemporalAttentionParams)
+ACCELRT_DECLARE_CPU_BF16(temporal_attention_cpu, TemporalAttentionParams)
 void launch_temporal_attention(const TemporalAttentionParams& params, Stream stream);
 
 }  // namespace accelrt

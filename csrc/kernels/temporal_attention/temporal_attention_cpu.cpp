@@ -7,16 +7,15 @@
 // so that the softmax over the keys runs down the rows: no horizontal reduction anywhere.
 // The second one is out = s^T v. All reads of a unit come before its writes, so out may be q.
 #include <algorithm>
-#include <cstring>
-#include <memory>
-#include <new>
-#include <numeric>
+#include <type_traits>
 
 #include "accelrt/dispatch.h"
-#include "accelrt/parallel.h"
+#include "accelrt/streaming.h"
 #include "accelrt/transpose.h"
 #include "accelrt/vec.h"
 #include "kernels/temporal_attention/temporal_attention.h"
+#include "kernels/temporal_attention/temporal_attention_pairs.h"
+#include "kernels/temporal_attention/temporal_attention_unit.h"
 
 namespace accelrt {
 namespace ACCELRT_ISA {
@@ -34,8 +33,6 @@ constexpr int kVecs = 2;
 constexpr int kRows = 4;
 constexpr int kVecs = 1;
 #endif
-
-constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
 // 2^x for x <= 0 (the scores less their maximum); relative error below 2e-7 (the polynomial of
 // Cephes' exp2f). Results below 2^-126 are 2^-126, which is nothing in a sum that holds a one.
@@ -136,19 +133,11 @@ inline void softmax_columns(float* s, int rows, int columns) {
 }
 
 // The sizes of a unit and where its tiles lie in the scratch, in floats.
-struct Plan {
-  explicit Plan(const TemporalAttentionParams& p) {
+struct Plan : Grouping {
+  explicit Plan(const TemporalAttentionParams& p) : Grouping(p) {
     const int lanes = kLanes;
-    // Groups of heads whose channels fill whole vectors and make rows of several cache lines, as
-    // long as the tiles stay in the L2 cache.
-    const int64_t whole = lanes / std::gcd(lanes, p.head_dim);
-    constexpr int64_t kRowBytes = 256;
-    constexpr int64_t kMostFloats = 65536;
-    const int64_t head_floats = int64_t{2} * (p.frames + p.key_frames) * p.head_dim;
-    auto fits = [&](int64_t n) { return n <= p.heads && n * head_floats <= kMostFloats; };
-    if (fits(whole)) heads = whole;
-    while (heads * p.head_dim * size_of(p.dtype) < kRowBytes && fits(heads + whole)) heads += whole;
-    groups = (p.heads + heads - 1) / heads;
+    calls = static_cast<int>(heads) *
+            ((p.frames + kRows - 1) / kRows + (p.key_frames + kRows - 1) / kRows);
     query_columns = round_up(p.frames, lanes);
     // Loads and stores of a head's last vector run past its channels, by less than a vector.
     row = round_up(static_cast<int>(heads) * p.head_dim + lanes, lanes);
@@ -161,28 +150,12 @@ struct Plan {
     out = s + key_rows * query_columns;
     floats = out + query_rows * row;
   }
-  int64_t heads = 1;   // of a group
-  int64_t groups = 1;  // per pixel
-  int query_columns;   // T in whole vectors
-  int row;             // floats between the rows of k, v and out
+  int calls;          // of the fetcher
+  int query_columns;  // T in whole vectors
+  int row;            // floats between the rows of k, v and out
   int64_t q, k, v, s, out;
   int64_t floats;
 };
-
-constexpr std::align_val_t kLine{64};
-
-struct Free {
-  void operator()(float* p) const { ::operator delete(p, kLine); }
-};
-
-using Scratch = std::unique_ptr<float[], Free>;
-
-Scratch make_scratch(int64_t floats) {
-  const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
-  Scratch scratch(static_cast<float*>(::operator new(bytes, kLine)));
-  std::memset(scratch.get(), 0, bytes);  // the padding of the tiles must hold numbers
-  return scratch;
-}
 
 // to[rows, width] = from, as floats.
 template <typename T>
@@ -217,71 +190,9 @@ void transpose_tile(const float* from, int64_t row, int rows, int width, float f
   }
 }
 
-// Which pixel and heads a unit is.
-struct Unit {
-  Unit(const TemporalAttentionParams& p, const Plan& plan, int64_t index)
-      : batch(index / plan.groups / p.pixels),
-        pixel(index / plan.groups % p.pixels),
-        first(index % plan.groups * plan.heads),
-        heads(static_cast<int>(std::min(plan.heads, p.heads - first))) {}
-
-  template <typename T>
-  const T* tile(const TemporalAttentionParams& p, const void* data,
-                const FrameStrides& stride) const {
-    return static_cast<const T*>(data) + batch * stride.batch + pixel * stride.pixel +
-           first * p.head_dim;
-  }
-
-  int64_t batch;
-  int64_t pixel;
-  int64_t first;  // head
-  int heads;
-};
-
-// Asks for the rows of the next unit while this one is computed, a few per call. They are short
-// and far apart, which defeats the hardware's prefetchers.
 template <typename T>
-class Prefetcher {
- public:
-  Prefetcher(const TemporalAttentionParams& p, const Unit& next, int calls)
-      : tiles_{{next.tile<T>(p, p.q, p.q_stride), p.q_stride.frame, p.frames},
-               {next.tile<T>(p, p.k, p.k_stride), p.k_stride.frame, p.key_frames},
-               {next.tile<T>(p, p.v, p.v_stride), p.v_stride.frame, p.key_frames},
-               {next.tile<T>(p, p.out, p.out_stride), p.out_stride.frame, p.frames}},
-        width_(next.heads * p.head_dim),
-        rows_per_call_((2 * (p.frames + p.key_frames) + calls - 1) / calls) {}
-
-  void operator()() {
-    for (int i = 0; i < rows_per_call_ && tile_ < kTiles; ++i) {
-      const Tile& tile = tiles_[tile_];
-      const T* const row = tile.data + row_ * tile.stride;
-      constexpr int kStep = 64 / sizeof(T);
-      for (int c = 0; c < width_; c += kStep) __builtin_prefetch(row + c);
-      __builtin_prefetch(row + width_ - 1);
-      if (++row_ == tile.rows) {
-        row_ = 0;
-        ++tile_;
-      }
-    }
-  }
-
- private:
-  struct Tile {
-    const T* data;
-    int64_t stride;
-    int rows;
-  };
-  static constexpr int kTiles = 4;
-  Tile tiles_[kTiles];
-  int width_;
-  int rows_per_call_;
-  int tile_ = 0;
-  int row_ = 0;
-};
-
-template <typename T>
-void compute(const TemporalAttentionParams& p, const Plan& plan, const Unit& unit, const Unit& next,
-             float* scratch) {
+void compute(const TemporalAttentionParams& p, const Plan& plan, const Unit& unit, const Rows& rows,
+             const T* raw, Fetcher<T>& fetch, float* scratch) {
   const int width = unit.heads * p.head_dim;
   float* const q = scratch + plan.q;
   float* const k = scratch + plan.k;
@@ -289,50 +200,54 @@ void compute(const TemporalAttentionParams& p, const Plan& plan, const Unit& uni
   float* const s = scratch + plan.s;
   float* const out = scratch + plan.out;
   // q passes through the tile of out, which is free until then.
-  load_tile(unit.tile<T>(p, p.q, p.q_stride), p.q_stride.frame, p.frames, width, out, plan.row);
+  load_tile(raw, rows.row, p.frames, width, out, plan.row);
   transpose_tile(out, plan.row, p.frames, width, p.scale * kLog2E, q, plan.query_columns);
-  load_tile(unit.tile<T>(p, p.k, p.k_stride), p.k_stride.frame, p.key_frames, width, k, plan.row);
-  load_tile(unit.tile<T>(p, p.v, p.v_stride), p.v_stride.frame, p.key_frames, width, v, plan.row);
-  const int blocks = (p.frames + kRows - 1) / kRows + (p.key_frames + kRows - 1) / kRows;
-  Prefetcher<T> prefetch(p, next, unit.heads * blocks);
+  load_tile(rows.first(raw, rows.k), rows.row, p.key_frames, width, k, plan.row);
+  load_tile(rows.first(raw, rows.v), rows.row, p.key_frames, width, v, plan.row);
   const int head_vectors = (p.head_dim + kLanes - 1) / kLanes;
   for (int h = 0; h < unit.heads; ++h) {
     const int at = h * p.head_dim;
     product<false>(k + at, plan.row, p.key_frames,
                    q + static_cast<int64_t>(at) * plan.query_columns, plan.query_columns,
-                   plan.query_columns / kLanes, p.head_dim, s, plan.query_columns, prefetch);
+                   plan.query_columns / kLanes, p.head_dim, s, plan.query_columns, fetch);
     softmax_columns(s, p.key_frames, plan.query_columns);
     // What a head's last vector writes past its channels, the next head overwrites.
     product<true>(s, plan.query_columns, p.frames, v + at, plan.row, head_vectors, p.key_frames,
-                  out + at, plan.row, prefetch);
+                  out + at, plan.row, fetch);
   }
   T* const target = const_cast<T*>(unit.tile<T>(p, p.out, p.out_stride));
   for (int t = 0; t < p.frames; ++t) {
-    for_lanes(width, [&](int64_t i, int n) {
-      store_any(target + t * p.out_stride.frame + i, n, load(out + t * plan.row + i));
-    });
-  }
-}
-
-template <typename T>
-void run(const TemporalAttentionParams& p) {
-  const Plan plan(p);
-  const int64_t units = p.batch * p.pixels * plan.groups;
-  const int64_t unit_flops = 4 * plan.heads * p.head_dim * p.frames * p.key_frames;
-  constexpr int64_t kGrainFlops = 1 << 20;
-  parallel_for(0, units, kGrainFlops / unit_flops, [&](int64_t begin, int64_t end) {
-    const Scratch scratch = make_scratch(plan.floats);
-    for (int64_t i = begin; i < end; ++i) {
-      compute<T>(p, plan, Unit(p, plan, i), Unit(p, plan, std::min(i + 1, end - 1)), scratch.get());
+    T* const to = target + t * p.out_stride.frame;
+    const float* const from = out + t * plan.row;
+    if constexpr (std::is_same_v<T, float>) {
+      const bool past = plan.streams && starts_line(to);
+      for_pairs(
+          width,
+          [&](int64_t i) { store_pair(to + i, load(from + i), load(from + i + kLanes), past); },
+          [&](int64_t i, int n) { store_any(to + i, n, load(from + i)); });
+    } else {
+      for_lanes(width, [&](int64_t i, int n) { store_any(to + i, n, load(from + i)); });
     }
-  });
+  }
 }
 
 }  // namespace
 
 void temporal_attention_cpu(const TemporalAttentionParams& p) {
-  dispatch_dtype("temporal_attention", p.dtype,
-                 [&](auto tag) { run<typename decltype(tag)::type>(p); });
+#if defined(__AVX512BF16__)
+  if (p.dtype == DType::kBFloat16 && p.head_dim % 2 == 0) {
+    const PairPlan plan(p);
+    return for_units<bfloat16>(p, plan,
+                               [&](auto&&... arguments) { compute_pairs(p, plan, arguments...); });
+  }
+#endif
+  dispatch_dtype("temporal_attention", p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Plan plan(p);
+    for_units<T>(p, plan,
+                 [&](const Unit& unit, const Rows& rows, const T* raw, Fetcher<T>& fetch,
+                     float* scratch) { compute<T>(p, plan, unit, rows, raw, fetch, scratch); });
+  });
 }
 
 }  // namespace ACCELRT_ISA
