@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -279,10 +280,14 @@ def draw_roofline(profile: Profile, path: Path | IO[bytes]) -> None:
             s=[10 + 250 * row.seconds / longest for row in chosen],
             color=_COLOURS[kind], alpha=0.6, label=f"limited by {kind}",
         )  # fmt: skip
+    labelled: list[tuple[float, float]] = []
     for row in rows[:LABELLED]:
-        speed = row.flops / (row.device_seconds or row.seconds) / 1e9
-        name = row.name.rsplit("/", 1)[-1]
-        axis.annotate(name, (row.flops / row.bytes, speed), fontsize=5.5, xytext=(4, 2),
+        x, y = row.flops / row.bytes, row.flops / (row.device_seconds or row.seconds) / 1e9
+        near = any(abs(math.log(x / a)) < 0.7 and abs(math.log(y / b)) < 0.12 for a, b in labelled)
+        if near:
+            continue
+        labelled.append((x, y))
+        axis.annotate(row.name.rsplit("/", 1)[-1], (x, y), fontsize=6.5, xytext=(5, 3),
                       textcoords="offset points")  # fmt: skip
     axis.set_xscale("log")
     axis.set_yscale("log")

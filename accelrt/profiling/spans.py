@@ -202,7 +202,7 @@ def path_of(spans: list[Span], index: int) -> str:
         if span.kind == STAGE:
             stage = span.name
         elif span.kind == COMPONENT and stage:
-            names.append(f"{span.name}.{stage}")
+            names.append(f"{span.name.removesuffix('.decode').removesuffix('.encode')}.{stage}")
             stage = ""
         elif span.kind != CALL:
             names.append(span.name)
