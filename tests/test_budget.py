@@ -415,7 +415,10 @@ def test_rates_of_another_version_are_measured_anew(
     cost.machine(device, torch.float32)
     kept = json.loads(cost.cache_file().read_text())
     (key,) = kept
-    for wrong in ({"product_rate": 2e11}, {**kept[key], "product_rates": 2e11}, []):
+    for wrong in (
+        {"product_rate": 2e11}, {**kept[key], "product_rates": 2e11}, [],
+        {**kept[key], "bandwidth": 0.0}, {**kept[key], "overhead": "fast"},
+    ):  # fmt: skip
         cost.cache_file().write_text(json.dumps({key: wrong}))
         monkeypatch.setattr(cost, "_known", {})
         assert cost.machine(device, torch.float32) == cost.Machine()

@@ -226,10 +226,9 @@ def test_eight_threads_with_a_pipeline_each() -> None:
     def request(index: int) -> Tensor:
         pipe, labels = cases[index]
         generator = torch.Generator().manual_seed(index)
-        more = {"class_labels": labels, "generator": generator, "num_inference_steps": 5}
-        pipe(**more, output_type="np")
-        generator.manual_seed(index)
-        return FAMILIES["dit"].run(pipe, **more)
+        return FAMILIES["dit"].run(
+            pipe, class_labels=labels, generator=generator, num_inference_steps=5
+        )
 
     alone = [request(index) for index in range(8)]
     together: list[Any] = [None] * 8

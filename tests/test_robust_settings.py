@@ -28,7 +28,7 @@ from accelrt.wrap import feedback_of
 PACKAGE = Path(__file__).resolve().parent.parent / "accelrt"
 # The same examples in every run.
 FUZZ = settings(
-    max_examples=60, deadline=None, derandomize=True, database=None,
+    max_examples=40, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 
