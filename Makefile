@@ -5,7 +5,7 @@
 #   make bench   the operators against eager and torch.compile
 #   make bench-blocks    a transformer block against eager and torch.compile with freezing
 #   make bench-models    whole forwards of the published models on the CPU: eager, compiled, accelrt
-#                        (some two hours on two cores; ARGS="--model dit" for one of them)
+#                        (about two hours on two cores; ARGS="--model dit" for one of them)
 #   make lint    ruff, mypy, clang-format
 #   make docs    the site, in build/site
 #

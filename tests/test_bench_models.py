@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "mod
 
 import forms
 import forwards
+import plot
 import roofline
 import summary
 from forms import EAGER, FLOOR, FROZEN, OURS, TWICE, Made
@@ -32,7 +33,7 @@ from accelrt.benchmarking.models import TINY
 from accelrt.benchmarking.progress import Progress
 from accelrt.wrap import forwards as wrapped_parts
 
-TIMED = (EAGER, FROZEN, OURS, FLOOR)
+TIMED = {"default": (EAGER, FROZEN, OURS, FLOOR), "tuned": (EAGER, OURS)}
 TINY_DIT = forwards.Request("dit", "", size="tiny", rounds=1)
 
 
@@ -74,8 +75,12 @@ def results(run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("models")
     (folder / "models-cpu.json").write_text('{"models": [{"name": "dit"}]}')
     call(run, "--part", "errors", "--part", "roofline", "--out", str(folder))
-    wanted = [argument for name in TIMED for argument in ("--form", name)]
-    call(run, "--part", "times", "--rounds", "2", *wanted, "--out", str(folder))
+    for malloc, names in TIMED.items():
+        wanted = [argument for name in names for argument in ("--form", name)]
+        call(
+            run, "--part", "times", "--malloc", malloc, "--rounds", "2", *wanted,
+            "--out", str(folder),
+        )  # fmt: skip
     return folder
 
 
@@ -96,9 +101,9 @@ def test_every_form_is_measured(run: Any, results: Path) -> None:
     assert found[FLOOR]["peak_bytes"] < found[OURS]["peak_bytes"]
     assert found[FLOOR]["reserved_bytes"] < found[TWICE]["reserved_bytes"]
     assert found[TWICE]["reserved_bytes"] <= 2 * found[FLOOR]["reserved_bytes"]
-    for malloc in summary.MALLOCS:
+    for malloc, names in TIMED.items():
         part = model["times"][malloc]
-        assert [one["run"] for one in part["times"]] == list(TIMED)
+        assert [one["run"] for one in part["times"]] == list(names)
         assert all(len(one["seconds"]) == 2 for one in part["times"])
         assert part["times"][0]["speedup"] == 1.0
         assert part["left_out"] == {}
@@ -146,8 +151,11 @@ def test_a_part_that_fails_is_named_and_the_next_runs(
 
     monkeypatch.setitem(run.PARTS, "errors", broken)
     with pytest.raises(SystemExit, match="dit: errors: killed"):
-        call(run, "--part", "errors", "--part", "roofline", "--out", str(tmp_path))
-    assert "roofline" in document(tmp_path)["models"]["dit"]
+        call(
+            run, "--part", "errors", "--part", "times", "--malloc", "default", "--form", EAGER,
+            "--rounds", "1", "--out", str(tmp_path),
+        )  # fmt: skip
+    assert "default" in document(tmp_path)["models"]["dit"]["times"]
 
 
 def test_forms_that_fail_are_left_out_with_the_reason() -> None:
@@ -178,9 +186,7 @@ def test_forms_that_fail_are_left_out_with_the_reason() -> None:
             "default": {"times": [], "left_out": limited.left_out, "threads": 1}
         },
     }  # fmt: skip
-    assert "| compile, frozen | compiling: not done in 0.1 s | - |" in summary.markdown(
-        {"m": model}
-    )
+    assert f"| {FROZEN} | compiling: not done in 0.1 s | - |" in summary.markdown({"m": model})
 
 
 def test_time_limit() -> None:
@@ -212,6 +218,22 @@ def test_what_operators_move() -> None:
     assert (product.flops, product.bytes) == (2 * 4 * 6 * 5, 4 * (24 + 30 + 20))
     assert (addition.flops, addition.bytes) == (20, 4 * (20 + 20 + 5))
     assert recorder.operators["view"].bytes == recorder.operators["view"].flops == 0
+
+
+def test_a_lookup_reads_what_it_writes() -> None:
+    table = torch.ones(1000, 8)
+    with roofline.Recorder() as recorder:
+        torch.nn.functional.embedding(torch.tensor([3, 4]), table)
+    assert recorder.operators["embedding"].bytes == 2 * 4 * 2 * 8
+
+
+@pytest.mark.parametrize("intensities", [[], [200.0], [0.1, 3.0, 200.0]])
+def test_the_roof_has_its_corner_between_its_ends(intensities: list[float]) -> None:
+    per_byte, rates = plot.roof(intensities, 5e9, 50e9)
+    assert per_byte == sorted(per_byte)
+    assert per_byte[1] == 10.0
+    assert rates == pytest.approx([per_byte[0] * 5, 50.0, 50.0])
+    assert all(per_byte[0] < one < per_byte[2] for one in intensities)
 
 
 def test_flops_are_those_of_the_counter() -> None:

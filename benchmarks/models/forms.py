@@ -14,8 +14,8 @@ from accelrt.benchmarking.measure import Form
 from accelrt.benchmarking.models import ModelCase
 from accelrt.benchmarking.weights import share
 
-EAGER, COMPILED, FROZEN = "eager", "compile", "compile, frozen"
-OURS, TWICE, FLOOR = "accelrt", "accelrt, 2x min", "accelrt, min"
+EAGER, COMPILED, FROZEN = "eager", "compile", "compile+freezing"
+OURS, TWICE, FLOOR = "accelrt", "accelrt 2x min", "accelrt min"
 NAMES = (EAGER, COMPILED, FROZEN, OURS, TWICE, FLOOR)
 #: These spend minutes on their first call.
 COMPILING = (COMPILED, FROZEN)

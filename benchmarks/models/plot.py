@@ -37,12 +37,8 @@ def _panel(axis: Any, points: Sequence[Mapping[str, Any]], found: Mapping[str, A
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for point in sorted(shown, key=lambda p: -p["seconds"]):
         kinds.setdefault(point["kind"], []).append(point)
-    intensities = [p["flops"] / p["bytes"] for p in shown] or [1.0]
-    low, high = min(intensities) / 3, max(*intensities, peak / bandwidth) * 3
-    corner = peak / bandwidth
     axis.plot(
-        [low, corner, high],
-        [low * bandwidth / 1e9, peak / 1e9, peak / 1e9],
+        *roof([p["flops"] / p["bytes"] for p in shown], bandwidth, peak),
         color="black",
         linewidth=1,
         label=f"copy {bandwidth / 1e9:.3g} GB/s, product {peak / 1e12:.3g} TFLOP/s",
@@ -67,3 +63,21 @@ def _panel(axis: Any, points: Sequence[Mapping[str, Any]], found: Mapping[str, A
     legend = axis.legend(fontsize=7, loc="lower right", title="share of the time", title_fontsize=7)
     for handle in legend.legend_handles[1:]:
         handle.set_sizes([30.0])
+
+
+def roof(
+    intensities: Sequence[float], bandwidth: float, peak: float
+) -> tuple[list[float], list[float]]:
+    """The roof over points of these FLOPs per byte: where it begins, its corner, its end.
+
+    Args:
+        intensities: of the points; may be empty.
+        bandwidth: bytes/s.
+        peak: FLOP/s.
+
+    Returns:
+        FLOPs per byte, rising, and GFLOP/s.
+    """
+    corner = peak / bandwidth
+    low, high = min(*intensities, corner, corner) / 3, max(*intensities, corner, corner) * 3
+    return [low, corner, high], [low * bandwidth / 1e9, peak / 1e9, peak / 1e9]

@@ -30,6 +30,8 @@ from accelrt.wrap import forwards
 
 COPY_BYTES = {"full": 256 << 20, "tiny": 1 << 20}
 CEILING_SECONDS = {"full": 0.5, "tiny": 0.01}
+#: They read as much of their source as they write.
+GATHERS = ("aten::embedding", "aten::index_select", "aten::gather", "aten::index")
 OUTSIDE = "outside of the groups"
 
 
@@ -105,6 +107,8 @@ def moved_bytes(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     """Bytes that an operator reads and writes; views and new memory move nothing."""
     if func.is_view or func._schema.name.removeprefix("aten::").startswith(("empty", "new_empty")):
         return 0
+    if func._schema.name in GATHERS:
+        return 2 * _bytes(result)
     return sum(
         _bytes(tensor) * (reads + writes)
         for tensor, reads, writes in _operands(func, args, kwargs, result)

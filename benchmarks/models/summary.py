@@ -13,14 +13,14 @@ from accelrt.memory.sizes import bytes_text
 from accelrt.reporting.tables import error_text, seconds_text, share_text
 
 MALLOCS = ("default", "tuned")
-RATES = ("seconds", "over eager", "over frozen", "MFU")
+RATES = ("seconds", "over eager", "over freezing", "MFU")
 COLUMNS = (
     "model", "form", *RATES, *(f"{name}, tuned" for name in RATES), "peak", "process", "rel. L2",
 )  # fmt: skip
 ABSENT = "-"
 LEGEND = (
     "One forward, guidance batched, random weights. Seconds: median of the rounds, in which all "
-    "forms took turns; over eager and over frozen: their time over the form's, within the "
+    "forms took turns; over eager and over freezing: their time over the form's, within the "
     "rounds; MFU: FLOPs of the stock model at the rate of a matrix product of the same rounds; "
     "tuned: in a process whose malloc keeps freed memory. Peak: tensors alive at once, weights "
     "apart (of compiled forms: what the allocator gave out); process: growth of the resident "
