@@ -10,10 +10,10 @@ namespace accelrt {
 namespace ACCELRT_ISA {
 namespace {
 
-// The sums of a chunk: float within it, double between chunks. A lane adds at most
-// kChunk / (kLanes * kAccumulators) values, so the error does not grow with the tensor.
-constexpr int64_t kChunk = 16384;
+// The sums of a chunk: float within it, double between chunks. A lane adds at most 256 values,
+// so the error does not grow with the tensor.
 constexpr int kAccumulators = 4;
+constexpr int64_t kChunk = 256 * kLanes * kAccumulators;
 
 struct Sums {
   double delta = 0;
