@@ -49,8 +49,7 @@ void row_part(const ActivationParams& p, const T* x, T* out, int64_t begin, int6
   if (p.rows.unit_inner()) {
     const bool past = streams && starts_line(out + begin);
     if (bias != nullptr) {
-      contiguous_part<T, kKind, true>(x + begin, bias + begin, out + begin, end - begin,
-                                      past);
+      contiguous_part<T, kKind, true>(x + begin, bias + begin, out + begin, end - begin, past);
     } else {
       contiguous_part<T, kKind, false>(x + begin, nullptr, out + begin, end - begin, past);
     }
