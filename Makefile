@@ -3,6 +3,7 @@
 #   make demo    a video and a grid of images, stock against accelrt, with a report
 #   make test    the whole test suite
 #   make bench   the operators against eager and torch.compile
+#   make bench-levels    the operators at every instruction set, and those of the models, with tuned malloc
 #   make bench-blocks    a transformer block against eager and torch.compile with freezing
 #   make bench-models    whole forwards of the published models on the CPU: eager, compiled, accelrt
 #                        (about two hours on two cores; ARGS="--model dit" for one of them)
@@ -30,7 +31,7 @@ SOURCES := $(shell find csrc bindings -type f) CMakeLists.txt setup.py pyproject
 FORMATTED := $(shell find csrc bindings tests/cpp examples/embed_cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built-cuda-$(ACCELRT_CUDA)
 
-.PHONY: all setup demo test bench bench-blocks bench-models lint format docs clean
+.PHONY: all setup demo test bench bench-levels bench-blocks bench-models lint format docs clean
 
 all: setup
 
@@ -63,6 +64,10 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+bench-levels: setup
+	$(BIN)/python benchmarks/ops/levels.py --save $(ARGS)
+	$(BIN)/python benchmarks/ops/of_models.py --save $(ARGS)
 
 bench-blocks: setup
 	$(BIN)/python benchmarks/blocks/run.py --save $(ARGS)
