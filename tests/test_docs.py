@@ -84,7 +84,7 @@ def call() -> dict[str, Any]:
 
 def test_the_readme_runs(folder: Path) -> None:
     makes: dict[int, Callable[[], Any]] = {
-        0: animatediff, 1: with_feedback, 3: dit, 4: with_feedback, 5: animatediff,
+        0: animatediff, 1: with_feedback, 3: dit, 4: with_feedback, 5: dit, 6: animatediff,
     }  # fmt: skip
     folder_of_files(folder, dit())
     (folder / "folder-of-a-module").symlink_to(MODELS / "dit" / "feedback")

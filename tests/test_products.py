@@ -44,20 +44,22 @@ def layer() -> nn.Linear:
 
 
 def test_who_computes_depends_on_the_processor_and_the_dtype(isa, layer):
-    x = torch.randn(2, 5, 48).to(BF16)
+    x = torch.randn(2, 20, 48).to(BF16)
     ours = _C.own_linear_is_faster("bfloat16", 48)
     tiles = isa in ("amx", "amx_emulated")
     # oneDNN uses tile registers where there are any: then the level below is behind.
     assert ours == (tiles or isa == "avx512bf16" == _C.best_isa())
     assert ("accelrt::linear" in called(lambda: products.project(layer, x))) == ours
     assert "accelrt::linear" not in called(lambda: products.project(layer, x, fuse=False))
+    few = x.flatten(0, 1)[: products.FEWEST_ROWS - 1]
+    assert "accelrt::linear" not in called(lambda: products.project(layer, few))
     q = torch.randn(1, 7, 2, 24).to(BF16)
     ours = _C.own_attention_is_faster("bfloat16", 24)
     names = called(lambda: products.attention(q, q, q, None, scale=None))
     assert ("accelrt::attention" in names) == ours
     with pytest.raises(RuntimeError, match=r"'float8'.*allowed"):
         _C.own_linear_is_faster("float8", 48)
-    wide = torch.randn(2, 48, dtype=torch.float64)
+    wide = torch.randn(64, 48, dtype=torch.float64)
     assert "accelrt::linear" not in called(lambda: products.project(layer.double(), wide))
 
 
@@ -71,12 +73,12 @@ def test_what_is_not_plain_is_called(layer):
 
 
 def test_rows_of_any_layout(layer):
-    x = torch.randn(4, 6, 48).to(BF16)
+    x = torch.randn(4, 60, 48).to(BF16)
     truth = F.linear(x.double(), layer.weight.double(), layer.bias.double())
     views = {
         "contiguous": (x, truth),
-        "some tokens of each": (x[:, 1:4], truth[:, 1:4]),
-        "some tokens of one": (x[2:3, 1:4], truth[2:3, 1:4]),
+        "some tokens of each": (x[:, 1:40], truth[:, 1:40]),
+        "some tokens of one": (x[2:3, 1:40], truth[2:3, 1:40]),
         "swapped": (x.transpose(0, 1), truth.transpose(0, 1)),
         "every second channel": (
             torch.stack((x, x), -1).flatten(-2)[..., ::2],
@@ -117,8 +119,8 @@ def test_feed_forward_of_slices(isa, activation):
     module = FeedForward(24, activation_fn=activation).to(BF16).eval().requires_grad_(False)
     wide = FeedForward(24, activation_fn=activation).double().eval().requires_grad_(False)
     wide.load_state_dict(module.state_dict())
-    run = FeedForwardRunner(module, Config(ff_rows=5))
-    x, stream = (torch.randn(2, 7, 24).to(BF16) for _ in range(2))
+    run = FeedForwardRunner(module, Config(ff_rows=50))
+    x, stream = (torch.randn(2, 70, 24).to(BF16) for _ in range(2))
     gate = torch.randn(2, 6, 24).to(BF16)[:, 3]
     for g in (None, gate):
         factor = 1.0 if g is None else g[:, None]
@@ -127,12 +129,12 @@ def test_feed_forward_of_slices(isa, activation):
         run(x.clone(), out, g)
         assert_as_good_as(out, stream + factor * module(x), truth)
     truth = stream[1:].double() + wide(x[1:].double())
-    padded = torch.zeros(1, 20, 24, dtype=BF16)
-    padded[:, 4:11] = stream[1:]
-    run(x[1:].clone(), padded[:, 4:11])
-    assert_as_good_as(padded[:, 4:11], stream[1:] + module(x[1:]), truth)
+    padded = torch.zeros(1, 90, 24, dtype=BF16)
+    padded[:, 4:74] = stream[1:]
+    run(x[1:].clone(), padded[:, 4:74])
+    assert_as_good_as(padded[:, 4:74], stream[1:] + module(x[1:]), truth)
     assert not padded[:, :4].any()
-    assert not padded[:, 11:].any()
+    assert not padded[:, 74:].any()
     handed = []
     run(x.clone(), stream.clone(), add=lambda y, residual, _: handed.append(residual + y))
     together = torch.cat([part.flatten(0, -2) for part in handed]).view_as(stream)
@@ -140,7 +142,7 @@ def test_feed_forward_of_slices(isa, activation):
 
 
 def test_a_dry_run_stands_for_its_device(layer):
-    x = torch.empty(4, 48, dtype=BF16, device="meta")
+    x = torch.empty(64, 48, dtype=BF16, device="meta")
     meta = layer.to("meta")
     ours = _C.own_linear_is_faster("bfloat16", 48)
     with probing("cpu"):

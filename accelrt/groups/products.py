@@ -17,6 +17,9 @@ from accelrt import _C, ops
 from .recognise import has_plain_weights, is_plain_linear
 from .slicing import current_probe
 
+#: Fewer rows do not make up for the panels of weights, which our kernel makes in every call.
+FEWEST_ROWS = 32
+
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -53,6 +56,11 @@ def _as_rows(x: Tensor) -> Tensor | None:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else None
 
 
+def _has_rows(x: Tensor) -> bool:
+    """Enough rows, with a common stride."""
+    return x.numel() >= FEWEST_ROWS * x.shape[-1] and _as_rows(x) is not None
+
+
 def is_ours(layer: nn.Module, x: Tensor) -> bool:
     """A plain linear layer that our kernel computes for the rows of ``x`` ``[..., K]``."""
     return (
@@ -61,7 +69,7 @@ def is_ours(layer: nn.Module, x: Tensor) -> bool:
         and has_plain_weights(layer, x.dtype)
         and _linear_is_ours(x.dtype, x.shape[-1])
         and layer.weight.is_contiguous()  # type: ignore[operator]
-        and _as_rows(x) is not None
+        and _has_rows(x)
     )
 
 
@@ -75,7 +83,7 @@ def project(layer: Any, x: Tensor, *, fuse: bool = True) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` for ``[..., K]``, with plain weights in the dtype of ``x``."""
     ours = _runs_on_cpu(x) and _linear_is_ours(x.dtype, x.shape[-1])
-    if ours and weight.is_contiguous() and _as_rows(x) is not None:
+    if ours and weight.is_contiguous() and _has_rows(x):
         return _own(x, weight, bias)
     return F.linear(x, weight, bias)
 

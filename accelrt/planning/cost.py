@@ -159,8 +159,10 @@ def _from_file(values: dict[str, Any]) -> Machine:
         values = {**values, name: tuple((int(r), float(f)) for r, f in values[name])}
     made = Machine(**values)
     pairs = (*made.product_rates, *made.attention_rates)
-    single = (v for v in vars(made).values() if not isinstance(v, tuple))
-    if not pairs or not all(0 < float(v) < math.inf for v in (*single, *itertools.chain(*pairs))):
+    single = (v for name, v in values.items() if name != "device_type" and type(v) is not tuple)
+    if made.device_type not in ("cpu", "cuda") or not pairs:
+        raise ValueError(f"no rates: {values}")
+    if not all(0 < float(v) < math.inf for v in (*single, *itertools.chain(*pairs))):
         raise ValueError(f"no rates: {values}")
     return made
 
