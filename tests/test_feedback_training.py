@@ -380,11 +380,15 @@ def test_two_processes_train_one_module(tmp_path: Path) -> None:
     (tmp_path / "two.py").write_text(TWO)
     root = Path(accelrt.__file__).parent.parent
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         "--local-addr", "127.0.0.1", "--nproc_per_node", "2",
          str(tmp_path / "two.py"), str(Path(__file__).parent), str(tmp_path / "out"),
          str(tmp_path)],
         capture_output=True, text=True, cwd=root, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+        },
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second = ((tmp_path / f"weights-{rank}.txt").read_text() for rank in (0, 1))

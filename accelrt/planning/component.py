@@ -15,7 +15,7 @@ from accelrt.models.forward import Forward
 
 from .cost import Machine
 from .plan import ComponentPlan
-from .search import Found, Model, finish, loosest, search, smallest
+from .search import Found, Model, finish, loosest, lowered, search, smallest
 
 #: How often a plan is tightened because its arena has gaps.
 TIGHTENINGS = 4
@@ -52,7 +52,7 @@ def plan_component(
     batch = 1 if shape is None else shape.samples
     model = Model(clone, inputs, base, rates, default_slice_mib(device))
     if limit is None:
-        found = _least_in_time(model, batch)
+        found = lowered(model, _least_in_time(model, batch), SLOWER_AT_MOST)
         plan = finish(model, found, clone.path, 0)
         return replace(plan, limit_bytes=plan.reserved_bytes), model, found
     target = limit

@@ -259,6 +259,41 @@ def _divided(model: Model, setting: Setting, limit: int, kept: int) -> Found | N
     return None
 
 
+def lowered(model: Model, found: Found, slower_at_most: float) -> Found:
+    """The same cut with finer options for the groups at the peak, as long as that lowers it.
+
+    A search fills its limit, which is what is kept anywhere and the largest scratch of any
+    group together; where the two do not meet, less will do.
+
+    Args:
+        model: of the cut.
+        found: the cut.
+        slower_at_most: than the fastest cut, as a factor of the estimated time.
+    """
+    order = options(model.base)
+    chosen, seconds = dict(found.chosen), found.seconds
+    longest = slower_at_most * model.run(model.settings(1)[0], model.fastest).seconds
+
+    def group(name: str, option: Option) -> GroupRun:
+        return model.run(found.setting, option).groups[name]
+
+    kept = max(group(name, option).kept_bytes for name, option in chosen.items())
+    while True:
+        name = max(chosen, key=lambda one: group(one, chosen[one]).peak_bytes)
+        now = group(name, chosen[name])
+        for option in order[order.index(chosen[name]) + 1 :]:
+            finer = group(name, option)
+            if finer.peak_bytes < now.peak_bytes and finer.kept_bytes <= kept:
+                break
+        else:
+            break
+        if seconds + finer.seconds - now.seconds > longest:
+            break
+        chosen[name] = option
+        seconds += finer.seconds - now.seconds
+    return Found(found.setting, chosen, seconds)
+
+
 def finish(model: Model, found: Found, path: str, limit: int) -> ComponentPlan:
     """The plan of a component, looked at once more as a whole."""
     final = model.together(found.setting, found.chosen)
