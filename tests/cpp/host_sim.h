@@ -8,12 +8,15 @@
 // missing barrier is noticed.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <thread>
@@ -42,6 +45,7 @@ struct Warp {
   int size;
   std::barrier<> barrier;
   uint64_t exchange[kWarp] = {};
+  alignas(16) unsigned char gathered[kWarp][32] = {};
 };
 
 struct Block {
@@ -81,6 +85,59 @@ T exchange(T value, Source source) {
   return result;
 }
 
+// What every lane of the warp holds.
+template <typename T>
+std::array<T, kWarp> gather(const T& value) {
+  static_assert(sizeof(T) <= sizeof(Warp::gathered[0]));
+  Warp& w = warp();
+  std::memcpy(w.gathered[threadIdx.x % kWarp], &value, sizeof(T));
+  w.barrier.arrive_and_wait();
+  std::array<T, kWarp> all{};
+  for (int lane = 0; lane < w.size; ++lane) std::memcpy(&all[lane], w.gathered[lane], sizeof(T));
+  w.barrier.arrive_and_wait();
+  return all;
+}
+
+// A thread's asynchronous copies to shared memory: made when they are waited for.
+struct Copies {
+  struct Copy {
+    void* to;
+    const void* from;
+    bool valid;
+  };
+  std::vector<Copy> current;
+  std::deque<std::vector<Copy>> groups;
+
+  void commit() {
+    groups.push_back(std::move(current));
+    current.clear();
+  }
+  void wait(size_t pending) {
+    for (; groups.size() > pending; groups.pop_front()) {
+      for (const Copy& copy : groups.front()) make(copy);
+    }
+  }
+  static void make(const Copy& copy) {
+    constexpr size_t kBytes = 16;
+    const bool aligned = reinterpret_cast<uintptr_t>(copy.to) % kBytes == 0 &&
+                         reinterpret_cast<uintptr_t>(copy.from) % kBytes == 0;
+    if (!aligned) {
+      std::fprintf(stderr, "an asynchronous copy is not aligned to 16 bytes\n");
+      std::abort();
+    }
+    if (copy.valid) {
+      std::memcpy(copy.to, copy.from, kBytes);
+    } else {
+      std::memset(copy.to, 0, kBytes);
+    }
+  }
+};
+
+inline Copies& copies() {
+  thread_local Copies mine;
+  return mine;
+}
+
 template <typename Body>
 void run(dim3 grid, int threads, int64_t shared_bytes, const Body& body) {
   const int64_t blocks = static_cast<int64_t>(grid.x) * grid.y * grid.z;
@@ -96,6 +153,10 @@ void run(dim3 grid, int threads, int64_t shared_bytes, const Body& body) {
       blockDim = dim3(threads);
       gridDim = grid;
       body();
+      if (!copies().current.empty() || !copies().groups.empty()) {
+        std::fprintf(stderr, "a thread ends with copies that nobody waited for\n");
+        std::abort();
+      }
       turn.arrive_and_wait();
     }
   };

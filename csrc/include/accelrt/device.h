@@ -33,28 +33,29 @@ inline void check_config(const char* op, const LaunchConfig& config) {
   ACCELRT_CHECK(config.grid_z <= 65535, op, ": grid.z ", config.grid_z, " exceeds 65535");
 }
 
+// launch<kernel>(op, config, stream, params): runs `kernel(params)`. The kernel is a template
+// argument, so that its full name is known where it is compiled at run time.
 #if defined(ACCELRT_HOST_SIM)
 
-template <typename Kernel, typename Params>
-void launch(const char* op, Kernel kernel, const LaunchConfig& config, Stream,
-            const Params& params) {
+template <auto kKernel, typename Params>
+void launch(const char* op, const LaunchConfig& config, Stream, const Params& params) {
   check_config(op, config);
   host_sim::run(dim3(config.grid_x, config.grid_y, config.grid_z), config.threads,
-                config.shared_bytes, [&] { kernel(params); });
+                config.shared_bytes, [&] { kKernel(params); });
 }
 
 inline unsigned char* shared_memory() { return host_sim::shared_memory(); }
 
 #elif defined(__CUDACC__)
 
-template <typename Kernel, typename Params>
-void launch(const char* op, Kernel kernel, const LaunchConfig& config, Stream stream,
-            const Params& params) {
+template <auto kKernel, typename Params>
+void launch(const char* op, const LaunchConfig& config, Stream stream, const Params& params) {
   check_config(op, config);
   constexpr int64_t kDefaultShared = 48 * 1024;
   if (config.shared_bytes > kDefaultShared) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config.shared_bytes));
+    const cudaError_t status =
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(config.shared_bytes));
     ACCELRT_CHECK(status == cudaSuccess, op, ": ", config.shared_bytes,
                   " bytes of shared memory: ", cudaGetErrorString(status));
   }
@@ -62,7 +63,7 @@ void launch(const char* op, Kernel kernel, const LaunchConfig& config, Stream st
                   static_cast<unsigned>(config.grid_z));
   void* arguments[] = {const_cast<Params*>(&params)};
   const cudaError_t status = cudaLaunchKernel(
-      reinterpret_cast<const void*>(kernel), grid, dim3(static_cast<unsigned>(config.threads)),
+      reinterpret_cast<const void*>(kKernel), grid, dim3(static_cast<unsigned>(config.threads)),
       arguments, static_cast<size_t>(config.shared_bytes), static_cast<cudaStream_t>(stream));
   ACCELRT_CHECK(status == cudaSuccess, op, ": launch failed: ", cudaGetErrorString(status));
 }

@@ -9,8 +9,8 @@ template <typename T, int kVec, ActivationKind kKind>
 void launch_one(const ActivationParams& p, Stream stream) {
   using Traits = ActivationTraits<T, kVec, kKind>;
   const int64_t items = p.rows.rows * (p.rows.inner / kVec);
-  launch("activation", activation_kernel<Traits>, elementwise_config(items, Traits::kThreads),
-         stream, p);
+  launch<activation_kernel<Traits>>("activation", elementwise_config(items, Traits::kThreads),
+                                    stream, p);
 }
 
 template <typename T, int kVec>

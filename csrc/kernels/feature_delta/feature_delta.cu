@@ -12,7 +12,7 @@ void launch_partial(const FeatureDeltaParams& p, Stream stream) {
   config.grid_x = p.batch * p.blocks;
   config.threads = Traits::kThreads;
   config.shared_bytes = Traits::kSharedBytes;
-  launch("feature_delta", feature_delta_partial_kernel<Traits>, config, stream, p);
+  launch<feature_delta_partial_kernel<Traits>>("feature_delta", config, stream, p);
 }
 
 }  // namespace
@@ -30,7 +30,7 @@ void launch_feature_delta(const FeatureDeltaParams& p, Stream stream) {
   LaunchConfig config;
   config.grid_x = p.batch;
   config.threads = kWarpSize;
-  launch("feature_delta", feature_delta_final_kernel, config, stream, p);
+  launch<feature_delta_final_kernel>("feature_delta", config, stream, p);
 }
 
 }  // namespace accelrt

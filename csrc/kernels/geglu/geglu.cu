@@ -9,7 +9,7 @@ template <typename T, int kVec, ActivationKind kKind>
 void launch_one(const GegluParams& p, Stream stream) {
   using Traits = GegluTraits<T, kVec, kKind>;
   const int64_t items = p.rows.rows * (p.rows.inner / kVec);
-  launch("geglu", geglu_kernel<Traits>, elementwise_config(items, Traits::kThreads), stream, p);
+  launch<geglu_kernel<Traits>>("geglu", elementwise_config(items, Traits::kThreads), stream, p);
 }
 
 template <typename T, int kVec>

@@ -59,12 +59,12 @@ void launch_part(const GroupNormApplyParams& p, int index, Stream stream) {
   config.grid_x = s.images * tile.chunks;
   config.grid_y = ceil_div(part.channels, tile.channel_chunk);
   if (last) {
-    launch(kOp, group_norm_apply_channels_last_kernel<GroupNormApplyTraits<T, kVec>>, config,
-           stream, tile);
+    launch<group_norm_apply_channels_last_kernel<GroupNormApplyTraits<T, kVec>>>(kOp, config,
+                                                                                 stream, tile);
   } else if (planar) {
-    launch(kOp, group_norm_apply_tile_kernel<GroupNormApplyTraits<T, kVec>>, config, stream, tile);
+    launch<group_norm_apply_tile_kernel<GroupNormApplyTraits<T, kVec>>>(kOp, config, stream, tile);
   } else {
-    launch(kOp, group_norm_apply_tile_kernel<GroupNormApplyTraits<T, 1>>, config, stream, tile);
+    launch<group_norm_apply_tile_kernel<GroupNormApplyTraits<T, 1>>>(kOp, config, stream, tile);
   }
 }
 

@@ -74,8 +74,8 @@ void launch_partial(const GroupNormStatsParams& p, const Plan& plan, Stream stre
     config.grid_y = s.groups / plan.slab_groups;
     config.threads = static_cast<int>((partial.rows * vectors + 31) / 32 * 32);
     config.shared_bytes = 2 * sizeof(float) * partial.rows * channels;
-    launch(kOp, group_norm_stats_channels_last_kernel<GroupNormStatsTraits<T, kVec>>, config,
-           stream, partial);
+    launch<group_norm_stats_channels_last_kernel<GroupNormStatsTraits<T, kVec>>>(kOp, config,
+                                                                                 stream, partial);
     return;
   }
   config.grid_y = s.groups;
@@ -83,10 +83,10 @@ void launch_partial(const GroupNormStatsParams& p, const Plan& plan, Stream stre
   ACCELRT_CHECK(s.group_channels * plan.chunk <= 2147483647 - kThreads, kOp, ": ", s.group_channels,
                 " channels in a group");
   if (plan.vectors) {
-    launch(kOp, group_norm_stats_group_kernel<GroupNormStatsTraits<T, kVec>>, config, stream,
-           partial);
+    launch<group_norm_stats_group_kernel<GroupNormStatsTraits<T, kVec>>>(kOp, config, stream,
+                                                                         partial);
   } else {
-    launch(kOp, group_norm_stats_group_kernel<GroupNormStatsTraits<T, 1>>, config, stream, partial);
+    launch<group_norm_stats_group_kernel<GroupNormStatsTraits<T, 1>>>(kOp, config, stream, partial);
   }
 }
 
@@ -116,7 +116,7 @@ void launch_group_norm_stats(const GroupNormStatsParams& p, Stream stream) {
   config.threads = kMergeThreads;
   constexpr int64_t kWarps = kMergeThreads / kWarpSize;
   config.grid_x = (merge.clips * merge.groups + kWarps - 1) / kWarps;
-  launch(kOp, group_norm_merge_kernel<kMergeThreads>, config, stream, merge);
+  launch<group_norm_merge_kernel<kMergeThreads>>(kOp, config, stream, merge);
 }
 
 }  // namespace accelrt

@@ -9,8 +9,8 @@ template <typename T, int kVec>
 void launch_one(const GuidedStepParams& p, Stream stream) {
   using Traits = GuidedStepTraits<T, kVec>;
   const int64_t items = p.rows.rows * (p.rows.inner / kVec);
-  launch("guided_step", guided_step_kernel<Traits>, elementwise_config(items, Traits::kThreads),
-         stream, p);
+  launch<guided_step_kernel<Traits>>("guided_step", elementwise_config(items, Traits::kThreads),
+                                     stream, p);
 }
 
 }  // namespace

@@ -38,8 +38,8 @@ void launch_one(const LayerNormParams& p, Stream stream) {
   }
   // The kernel loops over what is left.
   config.grid_x = std::min<int64_t>(config.grid_x, 1 << 30);
-  launch("layer_norm", layer_norm_kernel<Traits>, config, stream,
-         LayerNormLaunch{p, static_cast<int>(row_threads)});
+  launch<layer_norm_kernel<Traits>>("layer_norm", config, stream,
+                                    LayerNormLaunch{p, static_cast<int>(row_threads)});
 }
 
 template <typename T, bool kResidual>

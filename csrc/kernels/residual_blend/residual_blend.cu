@@ -9,8 +9,8 @@ template <typename T, int kVec>
 void launch_one(const ResidualBlendParams& p, Stream stream) {
   using Traits = ResidualBlendTraits<T, kVec>;
   const int64_t items = p.rows.rows * (p.rows.inner / kVec);
-  launch("residual_blend", residual_blend_kernel<Traits>,
-         elementwise_config(items, Traits::kThreads), stream, p);
+  launch<residual_blend_kernel<Traits>>("residual_blend",
+                                        elementwise_config(items, Traits::kThreads), stream, p);
 }
 
 }  // namespace

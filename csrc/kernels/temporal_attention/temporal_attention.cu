@@ -30,7 +30,7 @@ void launch_one(const TemporalAttentionParams& p, Stream stream) {
   config.grid_x = (units + Traits::kUnits - 1) / Traits::kUnits;
   config.threads = Traits::kThreads;
   config.shared_bytes = Traits::kSharedBytes;
-  launch("temporal_attention", temporal_attention_kernel<Traits>, config, stream, arguments);
+  launch<temporal_attention_kernel<Traits>>("temporal_attention", config, stream, arguments);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ void launch_one(WeightedSumParams p, Stream stream) {
   LaunchConfig config;
   config.grid_x = p.rows.rows * p.blocks;
   config.threads = Traits::kThreads;
-  launch("weighted_sum", weighted_sum_kernel<Traits>, config, stream, p);
+  launch<weighted_sum_kernel<Traits>>("weighted_sum", config, stream, p);
 }
 
 template <typename T, int kVec>
