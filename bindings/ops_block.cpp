@@ -26,15 +26,15 @@ void transformer_block_op(
     const OptionalTensor& q_bias, const OptionalTensor& k_weight, const OptionalTensor& k_bias,
     const OptionalTensor& v_weight, const OptionalTensor& v_bias, const Tensor& out_weight,
     const OptionalTensor& out_bias, int64_t heads, double scale, const OptionalTensor& mask,
-    const OptionalTensor& cross_q_weight, const OptionalTensor& cross_q_bias,
-    const OptionalTensor& cross_k_weight, const OptionalTensor& cross_k_bias,
-    const OptionalTensor& cross_v_weight, const OptionalTensor& cross_v_bias,
-    const OptionalTensor& cross_out_weight, const OptionalTensor& cross_out_bias,
-    int64_t cross_heads, double cross_scale, const OptionalTensor& cross_mask,
-    const OptionalTensor& context, const OptionalTensor& keys, const OptionalTensor& values,
-    const Tensor& ff_in_weight, const OptionalTensor& ff_in_bias, const Tensor& ff_out_weight,
-    const OptionalTensor& ff_out_bias, int64_t activation, int64_t ff_rows,
-    const Tensor& workspace) {
+    int64_t heads_per_slice, const OptionalTensor& cross_q_weight,
+    const OptionalTensor& cross_q_bias, const OptionalTensor& cross_k_weight,
+    const OptionalTensor& cross_k_bias, const OptionalTensor& cross_v_weight,
+    const OptionalTensor& cross_v_bias, const OptionalTensor& cross_out_weight,
+    const OptionalTensor& cross_out_bias, int64_t cross_heads, double cross_scale,
+    const OptionalTensor& cross_mask, const OptionalTensor& context, const OptionalTensor& keys,
+    const OptionalTensor& values, const Tensor& ff_in_weight, const OptionalTensor& ff_in_bias,
+    const Tensor& ff_out_weight, const OptionalTensor& ff_out_bias, int64_t activation,
+    int64_t ff_rows, const Tensor& workspace) {
   const DeviceScope scope(stream);
   TransformerBlockParams p;
   p.stream = view_of(stream);
@@ -48,6 +48,7 @@ void transformer_block_op(
   p.attention.heads = heads;
   p.attention.scale = scale;
   p.attention.mask = view_of(mask);
+  p.heads_per_slice = heads_per_slice;
   if (cross_q_weight) {
     CrossAttention& cross = p.cross.emplace();
     cross.weights.q = linear_of(*cross_q_weight, cross_q_bias);

@@ -154,18 +154,47 @@ def test_pieces_of_the_feed_forward(rows, dtype):
         check(*found, ff_rows=rows)
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4, 5, 9])
+@all_dtypes
+@torch.no_grad()
+def test_heads_in_slices(heads, dtype):
+    """Slices of the same length, a shorter last one, all; projections apart and fused."""
+    for single in (False, True):
+        block = make_block(dtype, single=single, heads=5, dim=12)
+        stock, args, keywords = stock_and_ours(block, 2, 19, dtype, masked=True)
+        check(stock, args, keywords, heads_per_slice=heads)
+        x, modulation, weights = args
+        fused = weights._replace(attention=fused_projection(weights.attention))
+        check(stock, (x, modulation, fused), keywords, heads_per_slice=heads)
+
+
+@torch.no_grad()
+def test_slices_of_heads_take_their_part_of_a_mask():
+    block = make_block(torch.float32, single=True, heads=5, dim=12)
+    _, args, keywords = stock_and_ours(block, 2, 19, torch.float32)
+    keywords["mask"] = torch.randn(2, 5, 19, 19) * 3
+    whole = ops.transformer_block(args[0].clone(), *args[1:], **keywords)
+    some = ops.transformer_block(args[0].clone(), *args[1:], **keywords, heads_per_slice=2)
+    torch.testing.assert_close(some, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(whole, truth_of(args, keywords).float(), rtol=1e-4, atol=1e-5)
+
+
+def fused_projection(a: ops.AttentionWeights) -> ops.AttentionWeights:
+    assert a.k is not None
+    assert a.v is not None
+    fused = ops.LinearWeights(
+        torch.cat([a.q.weight, a.k.weight, a.v.weight]),
+        None if a.q.bias is None else torch.cat([a.q.bias, a.k.bias, a.v.bias]),
+    )
+    return a._replace(q=fused, k=None, v=None)
+
+
 @all_dtypes
 @torch.no_grad()
 def test_one_projection_for_queries_keys_and_values(isa, dtype):
     block = make_block(dtype, single=False)
     stock, (x, modulation, weights), keywords = stock_and_ours(block, 2, 19, dtype)
-    a = weights.attention
-    assert a.k is not None
-    assert a.v is not None
-    fused = ops.LinearWeights(
-        torch.cat([a.q.weight, a.k.weight, a.v.weight]), torch.cat([a.q.bias, a.k.bias, a.v.bias])
-    )
-    weights = weights._replace(attention=a._replace(q=fused, k=None, v=None))
+    weights = weights._replace(attention=fused_projection(weights.attention))
     check(stock, (x, modulation, weights), keywords)
 
 
@@ -186,21 +215,25 @@ def test_keys_and_values_that_are_made(dtype):
 @torch.no_grad()
 def test_workspace_is_what_is_asked_for(dtype):
     """One element less is refused, and nothing beside it is written."""
-    for single, rows in ((False, None), (True, None), (False, 5)):
-        block = make_block(dtype, single=single, heads=2, dim=10)
+    for single, rows, heads in (
+        (False, None, None), (True, None, None), (False, 5, None), (False, 5, 1), (True, 5, 2),
+    ):  # fmt: skip
+        block = make_block(dtype, single=single, heads=3, dim=10)
         _, args, keywords = stock_and_ours(block, 2, 7, dtype)
-        context = keywords.get("context")
-        need = ops.transformer_block_workspace(args[0], args[2], context=context, ff_rows=rows)
+        slices = {"ff_rows": rows, "heads_per_slice": heads}
+        need = ops.transformer_block_workspace(
+            args[0], args[2], context=keywords.get("context"), **slices
+        )
         memory = torch.full((need + 64,), 7.0, dtype=dtype)
-        expected = ops.transformer_block(args[0].clone(), *args[1:], **keywords, ff_rows=rows)
+        expected = ops.transformer_block(args[0].clone(), *args[1:], **keywords, **slices)
         stream = args[0].clone()
-        ops.transformer_block(stream, *args[1:], **keywords, ff_rows=rows, workspace=memory[:need])
+        ops.transformer_block(stream, *args[1:], **keywords, **slices, workspace=memory[:need])
         assert torch.equal(stream, expected)
         assert bool((memory[need:] == 7).all())
         stream = args[0].clone()
         with pytest.raises(RuntimeError, match=r"workspace has \d+ bytes, expected at least"):
             ops.transformer_block(
-                stream, *args[1:], **keywords, ff_rows=rows, workspace=memory[: need - 1]
+                stream, *args[1:], **keywords, **slices, workspace=memory[: need - 1]
             )
         assert torch.equal(stream, args[0])
 
@@ -252,6 +285,7 @@ def test_errors_name_the_operator_and_the_value():
     refused(r"transformer_block.*modulation has shape \(2, 5, 72\)", mod=modulation[:, :5])
     refused(r"transformer_block.*modulation is torch.bfloat16", mod=modulation.bfloat16())
     refused(r"transformer_block.*ff_rows is 0", ff_rows=0)
+    refused(r"transformer_block.*heads_per_slice is 0", heads_per_slice=0)
     refused(r"transformer_block.*context go together", context=None)
     refused(r"transformer_block.*context has shape \(1, 11, 40\)", context=keywords["context"][:1])
     refused(r"transformer_block.*mask has shape \(2, 1, 1, 18\)", mask=torch.zeros(2, 1, 1, 18))
@@ -310,10 +344,11 @@ def test_compiles():
 @all_dtypes
 @torch.no_grad()
 def test_without_torch_under_asan(sim_dir, dtype, monkeypatch):
-    for single, rows in ((False, 4), (True, None)):
+    for single, rows, heads in ((False, 4, None), (True, None, None), (True, 4, 1)):
         block = make_block(dtype, single=single, heads=2, dim=12)
         stock, args, keywords = stock_and_ours(block, 2, 9, dtype, masked=True)
-        values = native_arguments(args, {**keywords, "ff_rows": rows}, monkeypatch)
+        slices = {"ff_rows": rows, "heads_per_slice": heads}
+        values = native_arguments(args, {**keywords, **slices}, monkeypatch)
         schema = torch.ops.accelrt.transformer_block.default._schema
         named = {a.name: v for a, v in zip(schema.arguments, values, strict=True)}
         for name in ("workspace", "keys", "values", "cross_heads", "cross_scale"):

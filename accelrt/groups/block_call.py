@@ -11,10 +11,12 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from accelrt import ops
+from accelrt.config import Config
 
 from .feed_forward import FeedForwardRunner
 from .recognise import has_plain_weights, is_plain, is_plain_linear, plain_norm
 from .sample_attention import SampleAttention
+from .slicing import slice_length
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,6 +28,7 @@ class BlockCall:
         weights: of its layers.
         attentions: self-attention and, if the block has it, cross-attention.
         feed_forward: gives the rows per slice.
+        heads: of the self-attention whose keys and values exist at once.
     """
 
     def __init__(
@@ -33,10 +36,12 @@ class BlockCall:
         weights: ops.BlockWeights,
         attentions: Sequence[SampleAttention],
         feed_forward: FeedForwardRunner,
+        heads: int,
     ) -> None:
         self.weights = weights
         self.attentions = attentions
         self.feed_forward = feed_forward
+        self.heads = heads
         self._workspace: Tensor | None = None
 
     @classmethod
@@ -46,6 +51,7 @@ class BlockCall:
         attentions: Sequence[SampleAttention],
         feed_forward: FeedForwardRunner,
         like: Tensor,
+        config: Config,
     ) -> BlockCall | None:
         """The call, or ``None`` if some part must run by itself.
 
@@ -53,7 +59,8 @@ class BlockCall:
             norms: before self-attention and before the feed-forward.
             attentions: self-attention, and cross-attention or not.
             feed_forward: of the block.
-            like: the residual stream.
+            like: the residual stream of the longest slice, ``[b, S, D]``.
+            config: ``bands`` allows to cut the heads, ``slice_mib`` says how.
         """
         dtype = like.dtype
         if dtype not in _DTYPES or not feed_forward.known or len(attentions) > 2:
@@ -76,7 +83,7 @@ class BlockCall:
         first, last = (ops.NormWeights(norm.weight, norm.bias, norm.eps) for norm in norms)
         cross = None if second is None else layers[1]
         weights = ops.BlockWeights(first, layers[0], last, ff, cross)
-        return cls(weights, attentions, feed_forward)
+        return cls(weights, attentions, feed_forward, _heads_per_slice(layers[0], like, config))
 
     def __call__(self, stream: Tensor, modulation: Tensor, samples: slice) -> None:
         """Run the block on some samples ``[b, S, D]``, in place.
@@ -101,13 +108,23 @@ class BlockCall:
         rows = self.feed_forward.rows_of(stream)
         if self._workspace is None:
             need = ops.transformer_block_workspace(
-                stream, self.weights, context=context, ff_rows=rows
+                stream, self.weights, context=context, ff_rows=rows, heads_per_slice=self.heads
             )
             self._workspace = stream.new_empty(need)
         ops.transformer_block(
             stream, modulation, self.weights, mask=mask, context=context, cross_mask=cross_mask,
-            ff_rows=rows, workspace=self._workspace,
+            ff_rows=rows, heads_per_slice=self.heads, workspace=self._workspace,
         )  # fmt: skip
+
+
+def _heads_per_slice(weights: ops.AttentionWeights, like: Tensor, config: Config) -> int:
+    """As many heads as have keys and values of half of ``slice_mib``: queries and input stay."""
+    if not config.bands:
+        return weights.heads
+    batch, length, _ = like.shape
+    inner = weights.out.weight.shape[1]
+    size = 4 * batch * length * (inner // weights.heads) * like.element_size()
+    return slice_length(weights.heads, None, size, config, like.device)
 
 
 def _linear(layer: Any, dtype: torch.dtype) -> ops.LinearWeights | None:

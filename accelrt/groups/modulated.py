@@ -138,7 +138,7 @@ class ModulatedBlockGroup(Group):
         whole = None
         if banded is None and self.config.fuse:
             norms = [norm for _, norm in self.norms()]
-            whole = BlockCall.of(norms, attentions, feed_forward, stream)
+            whole = BlockCall.of(norms, attentions, feed_forward, stream[:n], self.config)
         for start in starts(batch, n, stream):
             part = slice(start, start + n)
             if whole is not None:

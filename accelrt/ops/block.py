@@ -85,11 +85,13 @@ def transformer_block_workspace(
     *,
     context: BlockContext | None = None,
     ff_rows: int | None = None,
+    heads_per_slice: int | None = None,
 ) -> int:
     """Elements of the workspace that :func:`transformer_block` needs.
 
-    Four tensors like the stream, or fewer tokens' hidden activations beside one, whichever is
-    more; arguments as there.
+    Four tensors like the stream (with ``heads_per_slice`` two, and keys and values of those
+    heads), or fewer tokens' hidden activations beside one, whichever is more; arguments as
+    there.
     """
     batch, length, width = stream.shape
     rows, element = batch * length, stream.element_size()
@@ -107,7 +109,12 @@ def transformer_block_workspace(
 
     part = size(rows, max(width, inner, cross_inner))
     projected = 2 * size(batch * keys, cross_inner)
-    need = max(4 * part, 2 * part + projected, part + size(ff, hidden) + size(ff, width))
+    heads = max(weights.attention.heads, 1)
+    at_once = heads if not heads_per_slice else min(heads_per_slice, heads)
+    attention = 4 * part
+    if at_once < heads:
+        attention = 2 * part + 2 * size(rows, inner // heads * at_once)
+    need = max(attention, 2 * part + projected, part + size(ff, hidden) + size(ff, width))
     return need // element
 
 
@@ -120,6 +127,7 @@ def transformer_block(
     context: BlockContext | None = None,
     cross_mask: Tensor | None = None,
     ff_rows: int | None = None,
+    heads_per_slice: int | None = None,
     workspace: Tensor | None = None,
 ) -> Tensor:
     """Run a transformer block with adaLN modulation on its residual stream, in place.
@@ -140,6 +148,8 @@ def transformer_block(
         cross_mask: added to its scores, ``[B or 1, H or 1, S or 1, L]``.
         ff_rows: tokens whose hidden activations exist at once (more than ``S``: whole
             samples); all by default.
+        heads_per_slice: heads of the self-attention whose keys and values exist at once; all
+            by default.
         workspace: at least :func:`transformer_block_workspace` elements of the dtype and
             device of ``stream``, aligned to 64 bytes; allocated by default.
 
@@ -161,19 +171,23 @@ def transformer_block(
         raise fails(_OP, "cross-attention weights and a context go together; one is missing")
     if ff_rows is not None and ff_rows < 1:
         raise fails(_OP, f"ff_rows is {ff_rows}; it must be at least 1")
+    if heads_per_slice is not None and heads_per_slice < 1:
+        raise fails(_OP, f"heads_per_slice is {heads_per_slice}; it must be at least 1")
     if stream.dtype == torch.float64:
         return reference.transformer_block(
             stream, modulation, weights, mask=mask, context=context, cross_mask=cross_mask
         )
     if workspace is None and stream.dim() == 3:
-        need = transformer_block_workspace(stream, weights, context=context, ff_rows=ff_rows)
+        need = transformer_block_workspace(
+            stream, weights, context=context, ff_rows=ff_rows, heads_per_slice=heads_per_slice
+        )
         workspace = stream.new_empty(need)
     elif workspace is None:
         workspace = stream.new_empty(0)
     norm1, attention, norm2, ff, cross = weights
     args = (
         stream, modulation, *norm1, *norm2,
-        *_attention(attention), mask,
+        *_attention(attention), mask, heads_per_slice or 0,
         *((None,) * 8 + (1, 1.0) if cross is None else _attention(cross)), cross_mask,
         *((None, *context) if isinstance(context, tuple) else (context, None, None)),
         *ff.hidden, *ff.out, ACTIVATIONS[ff.activation], ff_rows or 0, workspace,
@@ -239,7 +253,7 @@ def _fake(
     norm2_weight: Tensor | None, norm2_bias: Tensor | None, norm2_eps: float,
     q_weight: Tensor, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
     v_weight: Tensor | None, v_bias: Tensor | None, out_weight: Tensor, out_bias: Tensor | None,
-    heads: int, scale: float, mask: Tensor | None,
+    heads: int, scale: float, mask: Tensor | None, heads_per_slice: int,
     cross_q_weight: Tensor | None, cross_q_bias: Tensor | None,
     cross_k_weight: Tensor | None, cross_k_bias: Tensor | None,
     cross_v_weight: Tensor | None, cross_v_bias: Tensor | None,

@@ -85,6 +85,7 @@ def transformer_block(
     context: BlockContext | None = None,
     cross_mask: Tensor | None = None,
     ff_rows: int | None = None,
+    heads_per_slice: int | None = None,
     workspace: Tensor | None = None,
 ) -> Tensor:
     """A modulated transformer block, in place; see :func:`accelrt.ops.transformer_block`."""

@@ -31,7 +31,7 @@ class Products {
                       const Epilogue& epilogue, const TensorView& out, Stream stream) = 0;
 
   // out = softmax(scale q k^T + bias) v. q, out: [B, S, H, D], k, v: [B, L, H, D], the last strides
-  // one; bias: [B or 1, H or 1, S or 1, L]. out overlaps no input.
+  // one; bias: [B or 1, H or 1, S or 1, L]. out may be q, and overlaps no other input.
   virtual void attention(const TensorView& q, const TensorView& k, const TensorView& v,
                          const OptionalView& bias, double scale, const TensorView& out,
                          Stream stream) = 0;

@@ -80,6 +80,8 @@ struct Shape {
   int64_t batch, length, width;  // B, S, D
   int64_t rows;                  // B * S
   int64_t inner;                 // of self-attention: heads * head dim
+  int64_t head_step;             // heads of one slice
+  int64_t slice_columns;         // of the keys of one slice
   int64_t cross_inner = 0;
   int64_t keys = 0;  // L of a context that is projected here
   int64_t hidden;    // columns of the first product of the feed-forward
@@ -92,6 +94,9 @@ struct Shape {
     width = p.stream.size[2];
     rows = batch * length;
     inner = p.attention.out.weight.size[1];
+    const int64_t heads = std::max<int64_t>(p.attention.heads, 1);
+    head_step = p.heads_per_slice <= 0 ? heads : std::min(p.heads_per_slice, heads);
+    slice_columns = inner / heads * head_step;
     if (p.cross) {
       cross_inner = p.cross->weights.q.weight.size[0];
       if (p.cross->context) keys = p.cross->context->size[1];
@@ -103,6 +108,7 @@ struct Shape {
     element = size_of(p.stream.dtype);
   }
 
+  bool by_heads() const { return slice_columns < inner; }
   int64_t bytes(int64_t count, int64_t columns) const { return aligned(count * columns * element); }
 };
 
@@ -114,9 +120,13 @@ struct Shape {
 //   2            values                  keys and values    (beginning at part 1)
 //   3            normed, then mixed       (beginning at part 2)
 //
+// With heads in slices part 0 has the queries of all heads, over which they are mixed, part 1 the
+// normed input, then y, and the keys and values of a slice follow.
+//
 // y is what a sub-layer adds to the stream.
 struct Layout {
   int64_t part;
+  int64_t slice_keys, slice_values;
   int64_t context_keys, context_values;
   int64_t hidden, hidden_y;
   int64_t total;
@@ -129,7 +139,11 @@ struct Layout {
     hidden = part;
     hidden_y = hidden + s.bytes(s.ff_rows, s.hidden);
     const int64_t ff_end = hidden_y + s.bytes(s.ff_rows, s.width);
-    total = std::max({4 * part, context_values + projected, ff_end});
+    const int64_t slice = s.bytes(s.rows, s.slice_columns);
+    slice_keys = 2 * part;
+    slice_values = slice_keys + slice;
+    const int64_t attention_end = s.by_heads() ? slice_values + slice : 4 * part;
+    total = std::max({attention_end, context_values + projected, ff_end});
   }
 };
 
@@ -214,14 +228,14 @@ class Forward {
       : p_(p), products_(products), stream_(stream), shape_(p), layout_(shape_) {}
 
   void run() {
-    attend();
+    const TensorView y = attend();
     const NormWeights& norm = p_.norm2;
-    const TensorView y = part(0, shape_.width);
-    const TensorView y3 = contiguous(y.data, y, {shape_.batch, shape_.length, shape_.width});
-    gate_residual_layer_norm_modulate(y3, p_.stream, p_.cross ? std::nullopt : OptionalView(mod(2)),
-                                      norm.weight, norm.bias, mod(4), mod(3), std::nullopt,
-                                      std::nullopt, norm.eps, y3, p_.stream, stream_);
-    feed_forward(y);
+    const TensorView x = part(0, shape_.width);
+    gate_residual_layer_norm_modulate(by_sample(y), p_.stream,
+                                      p_.cross ? std::nullopt : OptionalView(mod(2)), norm.weight,
+                                      norm.bias, mod(4), mod(3), std::nullopt, std::nullopt,
+                                      norm.eps, by_sample(x), p_.stream, stream_);
+    feed_forward(x);
   }
 
  private:
@@ -236,20 +250,42 @@ class Forward {
     return at(index * layout_.part, shape_.rows, columns);
   }
 
+  TensorView by_sample(const TensorView& rows) const {  // [B * S, D] -> [B, S, D]
+    return contiguous(rows.data, rows, {shape_.batch, shape_.length, rows.size[1]});
+  }
+
   void linear(const TensorView& x, const LinearWeights& w, const TensorView& out,
               const Epilogue& epilogue = {}) const {
     products_.linear(x, w.weight, w.bias, epilogue, out, stream_);
   }
 
-  // Leaves in part 0 what the last attention adds to the stream.
-  void attend() const {
+  // What the last attention adds to the stream.
+  TensorView attend() const {
     const NormWeights& norm = p_.norm1;
+    const bool sliced = shape_.by_heads();
+    const TensorView normed = part(sliced ? 1 : 3, shape_.width);
+    layer_norm_modulate(p_.stream, norm.weight, norm.bias, mod(1), mod(0), norm.eps,
+                        by_sample(normed), stream_);
+    const TensorView mixed = sliced ? mix_slices(normed) : mix_all(normed);
+    const TensorView y = part(sliced ? 1 : 0, shape_.width);
+    const LinearWeights& out = p_.attention.out;
+    if (!p_.cross) {
+      linear(mixed, out, y);
+      return y;
+    }
+    Epilogue epilogue;
+    epilogue.kind = LinearEpilogue::kGatedResidual;
+    epilogue.gate = mod(2);
+    epilogue.rows_per_sample = shape_.length;
+    epilogue.scratch = y;
+    linear(mixed, out, as_rows(p_.stream), epilogue);
+    return attend_to_context();
+  }
+
+  // All heads at once, from part 3 to part 3.
+  TensorView mix_all(const TensorView& normed) const {
     const AttentionWeights& w = p_.attention;
     const int64_t inner = shape_.inner;
-    const TensorView normed = part(3, shape_.width);
-    layer_norm_modulate(
-        p_.stream, norm.weight, norm.bias, mod(1), mod(0), norm.eps,
-        contiguous(normed.data, normed, {shape_.batch, shape_.length, shape_.width}), stream_);
     TensorView q = part(0, inner);
     TensorView k = part(1, inner);
     TensorView v = part(2, inner);
@@ -266,20 +302,41 @@ class Forward {
     }
     const TensorView mixed = part(3, inner);
     mix(w, q, by_head(k, shape_.batch, w.heads), by_head(v, shape_.batch, w.heads), mixed);
-    if (!p_.cross) {
-      linear(mixed, w.out, part(0, shape_.width));
-      return;
-    }
-    Epilogue epilogue;
-    epilogue.kind = LinearEpilogue::kGatedResidual;
-    epilogue.gate = mod(2);
-    epilogue.rows_per_sample = shape_.length;
-    epilogue.scratch = part(0, shape_.width);
-    linear(mixed, w.out, as_rows(p_.stream), epilogue);
-    attend_to_context();
+    return mixed;
   }
 
-  void attend_to_context() const {
+  // Some heads at a time, over the queries in part 0. The weights are read once all the same.
+  TensorView mix_slices(const TensorView& normed) const {
+    const AttentionWeights& w = p_.attention;
+    const int64_t inner = shape_.inner;
+    const int64_t dim = inner / w.heads;
+    const TensorView q = part(0, inner);
+    linear(normed, rows_of(w.q, 0, inner), q);
+    for (int64_t head = 0; head < w.heads; head += shape_.head_step) {
+      AttentionWeights some = w;
+      some.heads = std::min(shape_.head_step, w.heads - head);
+      const int64_t first = head * dim;
+      const int64_t columns = some.heads * dim;
+      const TensorView k = at(layout_.slice_keys, shape_.rows, columns);
+      const TensorView v = at(layout_.slice_values, shape_.rows, columns);
+      linear(normed, w.k ? rows_of(*w.k, first, columns) : rows_of(w.q, inner + first, columns), k);
+      linear(normed, w.v ? rows_of(*w.v, first, columns) : rows_of(w.q, 2 * inner + first, columns),
+             v);
+      if (w.mask && w.mask->size[1] > 1) some.mask = narrowed(*w.mask, 1, head, some.heads);
+      const TensorView own = narrowed(q, 1, first, columns);
+      mix(some, own, by_head(k, shape_.batch, some.heads), by_head(v, shape_.batch, some.heads),
+          own);
+    }
+    return q;
+  }
+
+  static LinearWeights rows_of(const LinearWeights& w, int64_t begin, int64_t count) {
+    LinearWeights some{narrowed(w.weight, 0, begin, count), std::nullopt};
+    if (w.bias) some.bias = narrowed(*w.bias, 0, begin, count);
+    return some;
+  }
+
+  TensorView attend_to_context() const {
     const CrossAttention& cross = *p_.cross;
     const AttentionWeights& w = cross.weights;
     const int64_t inner = shape_.cross_inner;
@@ -299,7 +356,9 @@ class Forward {
       linear(source, *w.v, v);
       mix(w, q, by_head(k, shape_.batch, w.heads), by_head(v, shape_.batch, w.heads), mixed);
     }
-    linear(mixed, w.out, part(0, shape_.width));
+    const TensorView y = part(0, shape_.width);
+    linear(mixed, w.out, y);
+    return y;
   }
 
   void mix(const AttentionWeights& w, const TensorView& q, const TensorView& k, const TensorView& v,
@@ -375,6 +434,8 @@ void check(const TransformerBlockParams& p) {
   }
   check_linear("out", a.out, s.width, s.inner, x);
   check_heads("self-attention", s.inner, a.heads);
+  ACCELRT_CHECK(p.heads_per_slice >= 0, kOp, ": heads per slice is ", p.heads_per_slice,
+                ", expected 0 or more");
   check_mask("mask", a, s, s.length, x);
   if (p.cross) check_cross(*p.cross, s, x);
   const int kind = static_cast<int>(ff.activation);

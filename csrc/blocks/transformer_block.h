@@ -55,6 +55,7 @@ struct TransformerBlockParams {
   NormWeights norm1;
   NormWeights norm2;
   AttentionWeights attention;
+  int64_t heads_per_slice = 0;  // of `attention`, whose keys and values exist at once; 0: all
   std::optional<CrossAttention> cross;
   FeedForward feed_forward;
   void* workspace = nullptr;  // aligned to 64 bytes

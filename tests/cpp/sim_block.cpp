@@ -31,6 +31,7 @@ const Register kBlock("transformer_block", [](const Arguments& a) {
   p.modulation = a.tensor("modulation");
   p.attention = attention_of(a, "");
   if (a.optional("context")) p.cross = {attention_of(a, "cross_"), a.optional("context"), {}, {}};
+  p.heads_per_slice = a.integer("heads_per_slice");
   p.feed_forward.in = linear_of(a, "ff_in");
   p.feed_forward.out = linear_of(a, "ff_out");
   p.feed_forward.activation = static_cast<HiddenActivation>(a.integer("activation"));
