@@ -52,16 +52,15 @@ inline VFloat multiply_add(const void* p, VFloat w, VFloat sums) {
   return fma(Vec(all), Vec(w), Vec(sums)).v;
 }
 
-// The sums of kRows rows, `stride` bytes apart, with a panel. The addresses are those of every
+// The sums of kCount rows, `stride` bytes apart, with a panel. The addresses are those of every
 // third row and multiples of the stride, which fit into the registers. `next`, the rows that come
 // after these, is fetched along the way: for the hardware every row is a new stream.
-template <typename T>
+template <typename T, int kCount>
 inline void multiply(const char* x, int64_t stride, const float* panel, int64_t units,
                      const char* next, int64_t next_step, VFloat (&result)[kRows][kVecs]) {
-  static_assert(kRows % 3 == 0);
-  constexpr int kBases = kRows / 3;
-  VFloat sums[kRows * kVecs];
-  unrolled<kRows * kVecs>([&](auto i) { sums[i] = VFloat{}; });
+  constexpr int kBases = (kCount + 2) / 3;
+  VFloat sums[kCount * kVecs];
+  unrolled<kCount * kVecs>([&](auto i) { sums[i] = VFloat{}; });
   const char* base[kBases];
   unrolled<kBases>([&](auto b) { base[b] = x + 3 * b * stride; });
 #pragma GCC unroll 1
@@ -71,7 +70,7 @@ inline void multiply(const char* x, int64_t stride, const float* panel, int64_t 
     panel += kColumns;
     __builtin_prefetch(next, 0, 2);
     next += next_step;
-    unrolled<kRows>([&](auto r) {
+    unrolled<kCount>([&](auto r) {
       unrolled<kVecs>([&](auto v) {
         VFloat& sum = sums[r * kVecs + v];
         sum = multiply_add<T>(base[r / 3] + r % 3 * stride, w[v], sum);
@@ -79,8 +78,12 @@ inline void multiply(const char* x, int64_t stride, const float* panel, int64_t 
     });
     unrolled<kBases>([&](auto b) { base[b] += 4; });
   }
-  unrolled<kRows * kVecs>([&](auto i) { result[i / kVecs][i % kVecs] = sums[i]; });
+  unrolled<kCount * kVecs>([&](auto i) { result[i / kVecs][i % kVecs] = sums[i]; });
 }
+
+// A third and two thirds of kRows, for the last rows: 256 rows are 21 blocks and a third.
+constexpr int kFew = kRows / 3;
+constexpr int kMore = 2 * kRows / 3;
 
 // Rows [begin, end) with the panel of the columns from `first`. rows: memory for kRows rows of x,
 // in which they are widened or, at the end of x, made up to kRows.
@@ -97,8 +100,9 @@ void multiply_rows(const LinearParams& p, int64_t first, int64_t begin, int64_t 
     const int count = static_cast<int>(std::min<int64_t>(kRows, end - row));
     const char* source = reinterpret_cast<const char*>(x + row * p.x_stride);
     int64_t stride = row_bytes;
-    if (kWiden || count < kRows || odd || row_bytes % kCrowded == 0) {
-      for (int r = 0; r < kRows; ++r) {
+    const int taken = count <= kFew ? kFew : count <= kMore ? kMore : kRows;
+    if (kWiden || count < taken || odd || row_bytes % kCrowded == 0) {
+      for (int r = 0; r < taken; ++r) {
         const T* from = x + (row + std::min(r, count - 1)) * p.x_stride;
         float* to = rows + r * (units + kLanes);
         for (int64_t u = 0; u < units; u += kLanes) {
@@ -111,7 +115,14 @@ void multiply_rows(const LinearParams& p, int64_t first, int64_t begin, int64_t 
     }
     const T* next = x + (row + kRows < end ? row + kRows : begin) * p.x_stride;
     VFloat sums[kRows][kVecs];
-    multiply<T>(source, stride, panel, units, reinterpret_cast<const char*>(next), next_step, sums);
+    const char* ahead = reinterpret_cast<const char*>(next);
+    if (taken == kFew) {
+      multiply<T, kFew>(source, stride, panel, units, ahead, next_step, sums);
+    } else if (taken == kMore) {
+      multiply<T, kMore>(source, stride, panel, units, ahead, next_step, sums);
+    } else {
+      multiply<T, kRows>(source, stride, panel, units, ahead, next_step, sums);
+    }
     for (int r = 0; r < count; ++r) finish<T>(p, row + r, first, sums[r]);
   }
 }
