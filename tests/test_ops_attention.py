@@ -312,8 +312,7 @@ def test_simulated_cuda_source_of_large_scores(sim_dir, dtype):
     v = torch.randn(1, 300, 1, 40).to(dtype)
     k[:, 250] = q[:, 3].clamp(-9, 9)  # the maximum comes late and high
     check(simulate(binary, q, k, v, scale=1.0), q, k, v, scale=1.0)
-    # Every tile is higher, by more than the maximum may lag behind and by less.
-    for step in (20.0, 0.1):
+    for step in (20.0, 0.1):  # every tile is higher
         rising = torch.arange(300.0).mul(step).to(dtype).reshape(1, 1, 1, 300)
         check(simulate(binary, q, k, v, rising, 0.01), q, k, v, rising, 0.01)
 

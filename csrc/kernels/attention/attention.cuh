@@ -5,9 +5,9 @@
 //    shared memory; the copies of the next kSlots - 1 tiles are under way while one is used.
 // 2. A warp multiplies its queries with the keys of a tile. The scores stay in registers, where the
 //    weights are tiles of the second product as they are.
-// 3. Outputs and sums are relative to a maximum that may lag behind the true one by kSlack: they
-//    are rescaled only when it falls further behind, which is rare after the first tiles. Weights
-//    are below 2^kSlack then; being floating point, they are as accurate.
+// 3. Outputs and sums are relative to the row's maximum so far and rescaled when it rises, which is
+//    rare after the first tiles. (To let the maximum lag behind, by up to 2^8, costs accuracy: the
+//    largest weight is then no power of two but rounded, and the error 1.1 of what it is here.)
 // Channels are padded to eight. Where that leaves half a step of the first product, its upper half
 // is zero in registers.
 // A block reads its queries before it writes, and to the same rows: out may be q.
@@ -33,12 +33,13 @@ struct AttentionTraits {
   static constexpr int kQueryTiles = kDim <= 160 ? 2 : 1;
   static constexpr int kQueries = 16 * kQueryTiles;  // of a warp
   static constexpr int kMaxWarps = kDim <= 160 ? 4 : 8;
-  static constexpr int kKeys = kDim <= 128 ? 64 : 32;
+  // What the outputs leave of the registers: none may be spilled.
+  static constexpr int kKeys = kDim <= 96 ? 64 : kDim <= 128 ? 48 : 32;
   static constexpr int kTile = kKeys * kRow;  // elements of a slot
-  // As many as leave shared memory for two blocks in 100 KiB (sm_86, 89, 120), where two fit.
-  static constexpr int kSlots = kDim <= 40 ? 4 : kDim <= 72 || kDim == 160 ? 3 : 2;
+  // As many as leave shared memory for two blocks in the 100 KiB of sm_86, 89 and 120, or where
+  // only one fits there, in the 164 KiB of sm_80.
+  static constexpr int kSlots = kDim <= 40 ? 4 : kDim <= 72 || kDim == 128 || kDim == 160 ? 3 : 2;
   static constexpr bool kHoldQueries = kDim <= 80;  // in registers
-  static constexpr float kSlack = 8.f;              // 2^8 is far from the largest float16
 
   static constexpr int64_t shared_bytes(int warps) {
     return (kSlots * kTile + int64_t{warps} * kQueries * kRow) * sizeof(T);
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(Traits::kMaxWarps* kWarpSize)
   }
 
   float out[Traits::kQueryTiles][Traits::kChunks][4] = {};
-  float top[Traits::kQueryTiles][2];  // of rows g and g + 8, or what stands for it
+  float top[Traits::kQueryTiles][2];  // of rows g and g + 8, so far
   float total[Traits::kQueryTiles][2] = {};
 #pragma unroll
   for (int m = 0; m < Traits::kQueryTiles; ++m) top[m][0] = top[m][1] = -INFINITY;
@@ -264,7 +265,7 @@ __global__ void __launch_bounds__(Traits::kMaxWarps* kWarpSize)
       const float tops[2] = {row_max<0>(scores[m]), row_max<1>(scores[m])};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (tops[half] > top[m][half] + Traits::kSlack) {
+        if (tops[half] > top[m][half]) {
           const float shrink = fast_exp2(top[m][half] - tops[half]);
           top[m][half] = tops[half];
           total[m][half] *= shrink;
