@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -149,3 +153,48 @@ def test_a_dry_run_stands_for_its_device(layer):
         assert products.is_ours(meta, x) == ours
     with probing("cuda"):
         assert not products.is_ours(meta, x)
+
+
+def test_our_attention_on_a_gpu_is_a_choice():
+    before = _C.cuda_products()
+    try:
+        for name, dim, ours in (("torch", 24, False), ("own", 24, True), ("own", 20, False)):
+            _C.set_cuda_products(name)
+            q = torch.empty(1, 7, 2, dim, dtype=BF16, device="meta")
+            with probing("cuda"):
+                names = called(lambda q=q: products.attention(q, q, q, None, scale=None))
+            assert ("accelrt::attention" in names) == ours
+    finally:
+        _C.set_cuda_products(before)
+
+
+CHOOSE = """
+import importlib.util, os, sys
+import torch
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+_C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_C)
+try:
+    _C.cuda_products()
+except RuntimeError as reason:
+    print(reason)
+os.environ["ACCELRT_CUDA_PRODUCTS"] = "own"
+print(_C.cuda_products())
+"""
+
+
+def test_the_environment_says_who_makes_the_products_on_a_gpu():
+    done = subprocess.run(
+        [sys.executable, "-c", CHOOSE, _C.__file__], capture_output=True, text=True, check=True,
+        env={**os.environ, "ACCELRT_CUDA_PRODUCTS": "ours"},
+    )  # fmt: skip
+    refusal, answer = done.stdout.splitlines()
+    assert refusal.startswith("ACCELRT_CUDA_PRODUCTS is 'ours'; allowed: torch, own")
+    assert answer == "own"
+
+
+def test_an_unknown_maker_of_products_is_refused():
+    before = _C.cuda_products()
+    with pytest.raises(RuntimeError, match=r"'cublas'; allowed: torch, own"):
+        _C.set_cuda_products("cublas")
+    assert _C.cuda_products() == before
