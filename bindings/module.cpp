@@ -6,6 +6,7 @@
 #include "accelrt/cpu_isa.h"
 #include "accelrt/parallel.h"
 #include "aten_products.h"
+#include "kernel_launcher_bindings.h"
 #include "memory.h"
 
 namespace py = pybind11;
@@ -20,7 +21,14 @@ void torch_backend(int64_t begin, int64_t end, int64_t grain, accelrt::ParallelB
 
 py::dict build_info() {
   py::dict info;
-#if defined(ACCELRT_HAVE_CUDA)
+#if defined(ACCELRT_RUNTIME_CUDA)
+  info["cuda_kernels"] = "runtime";
+#elif defined(ACCELRT_HAVE_CUDA)
+  info["cuda_kernels"] = "nvcc";
+#else
+  info["cuda_kernels"] = "none";
+#endif
+#if defined(ACCELRT_HAVE_CUDA) && !defined(ACCELRT_RUNTIME_CUDA)
   info["cuda"] = true;
   info["cuda_compiler"] = ACCELRT_CUDA_COMPILER;
   info["cuda_architectures"] = ACCELRT_CUDA_ARCHITECTURES;
@@ -77,4 +85,5 @@ PYBIND11_MODULE(_C, m) {
       py::arg("dtype"), py::arg("head_dim"),
       "Whether `attention` on the CPU is ahead of torch's for this head dim.");
   accelrt::bindings::bind_memory(m);
+  accelrt::bindings::bind_kernel_launcher(m);
 }
