@@ -225,3 +225,7 @@ template <typename T>
 T __ldg(const T* p) {
   return *p;
 }
+
+#if defined(ACCELRT_SIM_BY_NAME)
+#include "by_name.h"
+#endif
