@@ -4,7 +4,7 @@
 
 namespace accelrt::bindings {
 
-// Adds set_kernel_launcher, launch_kernel and kernel_names to the module.
+// Adds what kernel_launcher.h has to the module.
 void bind_kernel_launcher(pybind11::module_& m);
 
 }  // namespace accelrt::bindings

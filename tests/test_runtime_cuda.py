@@ -29,10 +29,8 @@ from accelrt.ops import _compile, _library, _runtime_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-SOURCES = sorted(
-    path.relative_to(CSRC).with_suffix(".cuh").as_posix() for path in CSRC.glob("kernels/*/*.cu")
-)
-SOURCE = "kernels/residual_blend/residual_blend.cuh"
+FOLDERS = sorted(path.parent.relative_to(CSRC).as_posix() for path in CSRC.glob("kernels/*/*.cu"))
+FOLDER = "kernels/residual_blend"
 KERNEL = "accelrt::residual_blend_kernel<ResidualBlendTraits<float, 1> >"
 
 
@@ -49,36 +47,35 @@ def nvrtc() -> Any:
 
 @pytest.fixture(scope="module")
 def names(launches: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
-    """Of every source: its kernels, as the launchers name them, and the bytes of their params."""
+    """Of every folder: its kernels, as the launchers name them, and the bytes of their params."""
     folder = tmp_path_factory.mktemp("names")
     (folder / "in").write_bytes(b"ASIM" + bytes(4))
     command = [launches, "kernel_names", "cuda", folder / "in", folder / "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, dict[str, int]] = {}
     for line in done.stdout.splitlines():
-        source, kernel, params_bytes = line.split("\t")
-        found.setdefault(source, {})[kernel] = int(params_bytes)
+        folder_of_it, kernel, params_bytes = line.split("\t")
+        found.setdefault(folder_of_it, {})[kernel] = int(params_bytes)
     return found
 
 
 def test_every_launcher_names_its_kernels(names: dict[str, dict[str, int]]) -> None:
-    assert set(names) == set(SOURCES)
-    for source, kernels in names.items():
-        assert len(kernels) >= 3, source  # one for each dtype
-        assert all(kernel.startswith("accelrt::") for kernel in kernels), source
+    assert set(names) == set(FOLDERS)
+    for folder, kernels in names.items():
+        assert all(kernel.startswith("accelrt::") for kernel in kernels), folder
 
 
 PARAMS = r"\.entry {name}\(\s*\.param \.align \d+ \.b8 \w+\[(\d+)\]\s*\)"
 
 
 @pytest.mark.parametrize("target", ["compute_80", "compute_100"])
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_nvrtc_compiles_every_kernel(
-    nvrtc: Any, names: dict[str, dict[str, int]], source: str, target: str
+    nvrtc: Any, names: dict[str, dict[str, int]], folder: str, target: str
 ) -> None:
     """And lays its parameters out in as many bytes as the host has given the launcher."""
-    kernels = names[source]
-    image, lowered = _compile.compile_kernels(nvrtc, CSRC, source, list(kernels), target)
+    kernels = names[folder]
+    image, lowered = _compile.compile_kernels(nvrtc, CSRC, folder, list(kernels), target)
     assert len(set(lowered.values())) == len(kernels)
     text = image.decode()
     for kernel, params_bytes in kernels.items():
@@ -93,18 +90,18 @@ def test_the_names_are_all_that_nvcc_has_built(
 ) -> None:
     for path in reports():
         built = {match["name"] for match in ENTRY.finditer(path.read_text())}
-        folder = path.name.split(".")[0]
-        source = f"kernels/{folder}/{folder}.cuh"
-        kernels = list(names[source])
-        _, lowered = _compile.compile_kernels(nvrtc, CSRC, source, kernels, "compute_80")
-        assert set(lowered.values()) == built, source
+        folder = f"kernels/{path.name.split('.')[0]}"
+        kernels = list(names[folder])
+        _, lowered = _compile.compile_kernels(nvrtc, CSRC, folder, kernels, "compute_80")
+        assert set(lowered.values()) == built, folder
 
 
 def test_tiles_compile(nvrtc: Any, tmp_path: Path) -> None:
     """The matrix primitives, and the standard headers of csrc/nvrtc, of which a kernel has few."""
-    for folder in _compile.FOLDERS[1:]:
+    for folder in _compile.INCLUDES[1:]:
         (tmp_path / folder).symlink_to(CSRC / folder)
-    (tmp_path / "tiles.cuh").write_text(
+    (tmp_path / "tiles").mkdir()
+    (tmp_path / "tiles" / "tiles.cuh").write_text(
         "".join(f"#include <{p.name}>\n" for p in CSRC.glob("nvrtc/*") if p.suffix != ".md")
         + """
         #include "accelrt/tile.h"
@@ -129,7 +126,7 @@ def test_tiles_compile(nvrtc: Any, tmp_path: Path) -> None:
         """
     )
     kernels = [f"tiles<{dtype}, 16>" for dtype in ("bfloat16", "float16")]
-    image, lowered = _compile.compile_kernels(nvrtc, tmp_path, "tiles.cuh", kernels, "compute_80")
+    image, lowered = _compile.compile_kernels(nvrtc, tmp_path, "tiles", kernels, "compute_80")
     text = image.decode()
     assert all(name in text for name in lowered.values())
     assert text.count("mma.sync") == 2
@@ -138,11 +135,11 @@ def test_tiles_compile(nvrtc: Any, tmp_path: Path) -> None:
 
 
 def test_machine_code_and_messages(nvrtc: Any) -> None:
-    image, lowered = _compile.compile_kernels(nvrtc, CSRC, SOURCE, [KERNEL], "sm_90")
+    image, lowered = _compile.compile_kernels(nvrtc, CSRC, FOLDER, [KERNEL], "sm_90")
     assert image.startswith(b"\x7fELF")
     assert lowered[KERNEL].encode() in image
     with pytest.raises(RuntimeError, match=r"does not compile kernels/.*no_such_kernel"):
-        _compile.compile_kernels(nvrtc, CSRC, SOURCE, ["no_such_kernel<3>"], "sm_90")
+        _compile.compile_kernels(nvrtc, CSRC, FOLDER, ["no_such_kernel<3>"], "sm_90")
 
 
 def test_target() -> None:
@@ -275,15 +272,22 @@ class FakeCupy(ModuleType):
         self.pool = SimpleNamespace(malloc=lambda size: "CuPy's own")
         self.allocator: Any = self.pool.malloc
         self.devices: list[int] = []
+        self.asked: list[tuple[int, int]] = []
         self.cuda = SimpleNamespace(
             driver=FakeDriver(),
             nvrtc=FakeNvrtc(),
-            runtime=SimpleNamespace(setDevice=self.devices.append),
+            runtime=SimpleNamespace(
+                setDevice=self.devices.append, deviceGetAttribute=self.attribute
+            ),
             get_allocator=lambda: self.allocator,
             set_allocator=lambda allocator: setattr(self, "allocator", allocator),
             get_current_stream=lambda: SimpleNamespace(ptr=77),
             PythonFunctionAllocator=lambda allocate, free: SimpleNamespace(malloc=(allocate, free)),
         )
+
+    def attribute(self, number: int, device: int) -> int:
+        self.asked.append((number, device))
+        return 100 * number + device
 
     def get_default_memory_pool(self) -> Any:
         return self.pool
@@ -293,7 +297,7 @@ def launch(
     kernel: str = KERNEL, *, shared_bytes: int = 0, stream: int = 5, params: bytes = b"params"
 ) -> None:
     """As a launcher in C++ does it."""
-    _C.launch_kernel("blend", SOURCE, kernel, (1, 2, 3), 64, shared_bytes, stream, params)
+    _C.launch_kernel("blend", FOLDER, kernel, (1, 2, 3), 64, shared_bytes, stream, params)
 
 
 @pytest.fixture
@@ -305,9 +309,9 @@ def cupy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv("ACCELRT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    _C.set_kernel_launcher(_runtime_cuda.launch)
+    _C.set_kernel_launcher(_runtime_cuda.launch, _runtime_cuda.attribute)
     yield fake
-    _C.set_kernel_launcher(None)
+    _C.set_kernel_launcher(None, None)
     _runtime_cuda.register()
 
 
@@ -346,6 +350,13 @@ def test_devices_have_their_own_modules(cupy: Any, monkeypatch: pytest.MonkeyPat
     launch()
     assert [call[0] for call in cupy.cuda.driver.launched] == [1, 2, 2]
     assert len(cupy.cuda.nvrtc.options) == 1  # of one architecture
+
+
+def test_attributes_are_the_current_devices(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [_C.device_attribute(16), _C.device_attribute(38)] == [1600, 3800]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert [_C.device_attribute(16) for _ in range(3)] == [1601] * 3
+    assert cupy.asked == [(16, 0), (38, 0), (16, 1)]  # each once
 
 
 def test_shared_memory_above_the_default_is_asked_for(cupy: Any) -> None:
@@ -397,7 +408,7 @@ def test_sources_digest_notices_every_file(tmp_path: Path) -> None:
         copy.write_bytes(path.read_bytes())
     digest = _compile.sources_digest(CSRC)
     assert _compile.sources_digest(tmp_path) == digest
-    for name in ("nvrtc/cstdint", "include/accelrt/device.h", SOURCE):
+    for name in ("nvrtc/cstdint", "include/accelrt/device.h", f"{FOLDER}/residual_blend.cuh"):
         with open(tmp_path / name, "a", encoding="utf-8") as file:
             file.write("\n")
         changed = _compile.sources_digest(tmp_path)
@@ -517,10 +528,12 @@ def test_without_nvrtc(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_launcher_is_registered() -> None:
-    _C.set_kernel_launcher(None)
+    _C.set_kernel_launcher(None, None)
     try:
         with pytest.raises(RuntimeError, match=r"blend: .*no kernel launcher is registered"):
             launch()
+        with pytest.raises(RuntimeError, match=r"attribute 16 .*no kernel launcher"):
+            _C.device_attribute(16)
     finally:
         _runtime_cuda.register()
 
@@ -539,6 +552,6 @@ def test_this_build() -> None:
     kind = _C.build_info()["cuda_kernels"]
     assert kind in ("nvcc", "runtime", "none")
     assert _C.build_info()["cuda"] is (kind == "nvcc")
-    assert {source for source, _, _ in _C.kernel_names()} == (
-        set(SOURCES) if kind == "runtime" else set()
+    assert {folder for folder, _, _ in _C.kernel_names()} == (
+        set(FOLDERS) if kind == "runtime" else set()
     )

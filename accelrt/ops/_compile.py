@@ -17,7 +17,7 @@ from accelrt.files import write_bytes
 
 # Everything that a kernel may include, below the folder of the sources.
 PATTERNS = ("include/accelrt/*.h", "kernels/*/*.h", "kernels/*/*.cuh", "nvrtc/*")
-FOLDERS = (".", "include", "nvrtc")
+INCLUDES = (".", "include", "nvrtc")
 OPTIONS = ("-std=c++20", "-default-device")
 
 
@@ -91,14 +91,14 @@ def version_of(nvrtc: Any) -> str:
 
 
 def compile_kernels(
-    nvrtc: Any, folder: Path, source: str, kernels: Sequence[str], target: str
+    nvrtc: Any, root: Path, folder: str, kernels: Sequence[str], target: str
 ) -> tuple[bytes, dict[str, str]]:
-    """Compile kernels of one header.
+    """Compile kernels of one folder.
 
     Args:
         nvrtc: the compiler.
-        folder: of the sources.
-        source: the header, e.g. ``"kernels/geglu/geglu.cuh"``.
+        root: the folder of all sources.
+        folder: within it, of the headers that define the kernels, e.g. ``"kernels/geglu"``.
         kernels: as expressions of namespace ``accelrt``.
         target: ``sm_*`` for machine code, ``compute_*`` for PTX.
 
@@ -108,18 +108,19 @@ def compile_kernels(
     Raises:
         RuntimeError: they do not compile; with the compiler's messages.
     """
-    text = f'#include "{source}"\nusing namespace accelrt;\n'
-    program = nvrtc.createProgram(text, Path(source).name, (), ())
+    headers = sorted(path.relative_to(root).as_posix() for path in (root / folder).glob("*.cuh"))
+    text = "".join(f'#include "{header}"\n' for header in headers) + "using namespace accelrt;\n"
+    program = nvrtc.createProgram(text, f"{Path(folder).name}.cu", (), ())
     try:
         for kernel in kernels:
             nvrtc.addNameExpression(program, kernel)
-        includes = [f"-I{folder / name}" for name in FOLDERS]
+        includes = [f"-I{root / name}" for name in INCLUDES]
         try:
             nvrtc.compileProgram(program, (*OPTIONS, *includes, f"--gpu-architecture={target}"))
         except Exception as error:
             log = nvrtc.getProgramLog(program)
             raise RuntimeError(
-                f"NVRTC {version_of(nvrtc)} does not compile {source} for {target} "
+                f"NVRTC {version_of(nvrtc)} does not compile {folder} for {target} "
                 f"({error}):\n{log}"
             ) from error
         machine_code = target.startswith("sm_")
@@ -156,10 +157,10 @@ class KernelCache:
         self._common = (sources, compiler, *OPTIONS)
         self._warned = False
 
-    def path(self, source: str, kernel: str, target: str) -> Path:
+    def path(self, folder: str, kernel: str, target: str) -> Path:
         """The file of a kernel."""
-        key = "\0".join((*self._common, source, kernel, target))
-        name = f"{Path(source).stem}-{target}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+        key = "\0".join((*self._common, folder, kernel, target))
+        name = f"{Path(folder).name}-{target}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
         return self._folder / name
 
     def load(self, path: Path) -> Compiled | None:

@@ -35,14 +35,14 @@ _DEFAULT_SHARED_BYTES = 48 * 1024
 
 
 def register() -> None:
-    """Have the CUDA launchers call :func:`launch`, unless nvcc has compiled their kernels."""
+    """Have the CUDA launchers call what is here, unless nvcc has compiled their kernels."""
     if _C.build_info()["cuda_kernels"] == "runtime":
-        _C.set_kernel_launcher(launch)
+        _C.set_kernel_launcher(launch, attribute)
 
 
 def launch(
     op: str,
-    source: str,
+    folder: str,
     kernel: str,
     grid: tuple[int, int, int],
     threads: int,
@@ -55,7 +55,7 @@ def launch(
 
     Args:
         op: the operator, for messages.
-        source: the header that defines the kernel, e.g. ``"kernels/geglu/geglu.cuh"``.
+        folder: of the headers that define the kernel, e.g. ``"kernels/geglu"``.
         kernel: its name with template arguments, as an expression of namespace ``accelrt``.
         grid: blocks along x, y and z.
         threads: of a block.
@@ -68,7 +68,16 @@ def launch(
         RuntimeError: there is no CuPy or no NVRTC (with the command that installs it), or the
             kernel does not compile.
     """
-    _session().launch(source, kernel, grid, threads, shared_bytes, stream, params)
+    _session().launch(folder, kernel, grid, threads, shared_bytes, stream, params)
+
+
+def attribute(number: int) -> int:
+    """An attribute of the current device (``cudaDeviceAttr``), by which launchers choose.
+
+    Raises:
+        RuntimeError: as :func:`launch`.
+    """
+    return _session().attribute(number)
 
 
 class RuntimeKernels:
@@ -91,15 +100,16 @@ class RuntimeKernels:
             raise RuntimeError(
                 f"CuPy finds no NVRTC ({error}): `pip install {_packages()[1]}`"
             ) from error
-        self._folder = source_folder()
-        self._cache = KernelCache(cache_folder(), sources_digest(self._folder), compiler)
+        self._root = source_folder()
+        self._cache = KernelCache(cache_folder(), sources_digest(self._root), compiler)
         self._lock = threading.Lock()
+        self._attributes: dict[tuple[int, int], int] = {}
         self._functions: dict[tuple[int, str], int] = {}
         self._shared: dict[int, int] = {}  # what a function may use, where it is above the default
 
     def launch(
         self,
-        source: str,
+        folder: str,
         kernel: str,
         grid: tuple[int, int, int],
         threads: int,
@@ -116,7 +126,7 @@ class RuntimeKernels:
             self._cupy.cuda.runtime.setDevice(device)
         function = self._functions.get((device, kernel))
         if function is None:
-            function = self._load(device, source, kernel)
+            function = self._load(device, folder, kernel)
         if shared_bytes > self._shared.get(function, _DEFAULT_SHARED_BYTES):
             attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             driver.funcSetAttribute(function, attribute, shared_bytes)
@@ -125,23 +135,32 @@ class RuntimeKernels:
         address = ctypes.addressof(arguments)
         driver.launchKernel(function, *grid, threads, 1, 1, shared_bytes, stream, address, 0)
 
-    def _load(self, device: int, source: str, kernel: str) -> int:
+    def attribute(self, number: int) -> int:
+        """See :func:`attribute`."""
+        key = torch.cuda.current_device(), number
+        value = self._attributes.get(key)
+        if value is None:
+            value = int(self._cupy.cuda.runtime.deviceGetAttribute(number, key[0]))
+            self._attributes[key] = value
+        return value
+
+    def _load(self, device: int, folder: str, kernel: str) -> int:
         with self._lock:
             function = self._functions.get((device, kernel))
             if function is None:
-                compiled = self._compiled(device, source, kernel)
+                compiled = self._compiled(device, folder, kernel)
                 # A module lives as long as the process: CUDA graphs may hold its functions.
                 module = self._driver.moduleLoadData(compiled.image)
                 function = int(self._driver.moduleGetFunction(module, compiled.function))
                 self._functions[device, kernel] = function
         return function
 
-    def _compiled(self, device: int, source: str, kernel: str) -> Compiled:
+    def _compiled(self, device: int, folder: str, kernel: str) -> Compiled:
         target = target_for(self._nvrtc, torch.cuda.get_device_capability(device))
-        path = self._cache.path(source, kernel, target)
+        path = self._cache.path(folder, kernel, target)
         compiled = self._cache.load(path)
         if compiled is None:
-            image, names = compile_kernels(self._nvrtc, self._folder, source, [kernel], target)
+            image, names = compile_kernels(self._nvrtc, self._root, folder, [kernel], target)
             compiled = Compiled(names[kernel], image)
             self._cache.store(path, compiled)
         return compiled

@@ -18,7 +18,7 @@ namespace accelrt::sim {
 namespace {
 
 void run(const KernelLaunch& launch) {
-  std::printf("%s\t%s\t%s\t%lld %lld %lld\t%d\t%lld\t%zu\n", launch.op, launch.source,
+  std::printf("%s\t%s\t%s\t%lld %lld %lld\t%d\t%lld\t%zu\n", launch.op, launch.folder,
               launch.kernel, static_cast<long long>(launch.grid[0]),
               static_cast<long long>(launch.grid[1]), static_cast<long long>(launch.grid[2]),
               launch.threads, static_cast<long long>(launch.shared_bytes), launch.params_bytes);
@@ -33,13 +33,14 @@ void run(const KernelLaunch& launch) {
 
 const Register kNames("kernel_names", [](const Arguments&) {
   for (const KernelName& name : kernel_names()) {
-    std::printf("%s\t%s\t%zu\n", name.source, name.kernel, name.params_bytes);
+    std::printf("%s\t%s\t%zu\n", name.folder, name.kernel, name.params_bytes);
   }
 });
 
 // ACCELRT_NO_LAUNCHER: as in a program that registers none.
 const bool kRegistered = [] {
-  if (std::getenv("ACCELRT_NO_LAUNCHER") == nullptr) set_kernel_launcher(&run);
+  if (std::getenv("ACCELRT_NO_LAUNCHER") == nullptr)
+    set_kernel_launcher(&run, [](int) { return 2; });
   return true;
 }();
 

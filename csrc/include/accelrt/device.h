@@ -66,7 +66,7 @@ namespace detail {
 template <auto kKernel, size_t kParamsBytes>
 struct ListedKernel {
   static inline const bool done =
-      list_kernel({ACCELRT_DEVICE_SOURCE, kernel_name<kKernel>(), kParamsBytes});
+      list_kernel({ACCELRT_KERNEL_FOLDER, kernel_name<kKernel>(), kParamsBytes});
 };
 
 }  // namespace detail
@@ -77,7 +77,7 @@ void launch(const char* op, const LaunchConfig& config, Stream stream, const Par
   check_config(op, config);
   static_cast<void>(detail::ListedKernel<kKernel, sizeof(Params)>::done);
   launch_kernel({op,
-                 ACCELRT_DEVICE_SOURCE,
+                 ACCELRT_KERNEL_FOLDER,
                  kernel_name<kKernel>(),
                  {config.grid_x, config.grid_y, config.grid_z},
                  config.threads,

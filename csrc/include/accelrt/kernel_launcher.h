@@ -13,7 +13,7 @@ namespace accelrt {
 
 struct KernelLaunch {
   const char* op;      // for messages
-  const char* source;  // the header that defines the kernel: "kernels/<op>/<op>.cuh"
+  const char* folder;  // one of its .cuh files defines the kernel: "kernels/<op>"
   // The kernel as an expression of namespace accelrt, with its template arguments.
   const char* kernel;
   int64_t grid[3];
@@ -28,15 +28,24 @@ struct KernelLaunch {
 // Throws an accelrt::Error if it cannot run the kernel.
 using KernelLauncher = void (*)(const KernelLaunch& launch);
 
+// An attribute of the calling thread's current device, by its number in CUDA's API
+// (cudaDeviceAttr, which is CUdevice_attribute).
+using DeviceAttribute = int (*)(int attribute);
+
 // Null: none, as at the start. Not meant to race with launches.
-void set_kernel_launcher(KernelLauncher launcher);
+void set_kernel_launcher(KernelLauncher launcher, DeviceAttribute attribute);
 
 // Hands a launch to the registered launcher. Throws if there is none.
 void launch_kernel(const KernelLaunch& launch);
 
+// For launchers whose choices depend on the device; as above.
+int device_attribute(int attribute);
+constexpr int kMultiprocessors = 16;
+constexpr int kL2Bytes = 38;
+
 // A kernel that some launcher of this program may ask for.
 struct KernelName {
-  const char* source;
+  const char* folder;
   const char* kernel;
   size_t params_bytes;
 };
