@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from ops_common import assert_as_good_as
 from sim import SimulatorError, run_simulator
-from test_cuda_build import ENTRY, reports
+from test_cuda_build import ENTRY, needs_nvcc, reports
 
 from accelrt import _C, ops, reference
 from accelrt.ops import _compile, _library, _runtime_cuda
@@ -84,11 +84,13 @@ def test_nvrtc_compiles_every_kernel(
         assert int(entry[1]) == params_bytes, kernel
 
 
-@pytest.mark.skipif(not reports(), reason="nvcc has built nothing here")
+@needs_nvcc
 def test_the_names_are_all_that_nvcc_has_built(
     nvrtc: Any, names: dict[str, dict[str, int]]
 ) -> None:
-    for path in reports():
+    found = reports()
+    assert {f"kernels/{path.name.split('.')[0]}" for path in found} == set(names)
+    for path in found:
         built = {match["name"] for match in ENTRY.finditer(path.read_text())}
         folder = f"kernels/{path.name.split('.')[0]}"
         kernels = list(names[folder])
