@@ -11,7 +11,8 @@
 #   make docs    the site, in build/site
 #
 # Variables: PYTHON, VENV, TORCH (the torch requirement), ACCELRT_CUDA (auto, 0, 1),
-# ACCELRT_CUDA_ARCHS, WORKERS (test processes), ARGS (passed on to pytest, or to `accelrt`).
+# ACCELRT_CUDA_ARCHS, ACCELRT_RUNTIME_CUDA (1, 0), WORKERS (test processes), ARGS (passed on to
+# pytest, or to `accelrt`).
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -1,9 +1,10 @@
-"""Thin: finds torch's folder and lets CMake build the extension."""
+"""Thin: finds torch's folder, lets CMake build the extension, adds the kernels' sources."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,8 +12,11 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
+# What a GPU machine without nvcc compiles at first use; below csrc/ (accelrt/ops/_compile.py).
+DEVICE_SOURCES = ("include/accelrt/*.h", "kernels/*/*.h", "kernels/*/*.cuh", "nvrtc/*")
 
 
 def torch_dir() -> Path | None:
@@ -37,6 +41,23 @@ def cmake_program() -> str:
     from cmake import CMAKE_BIN_DIR
 
     return str(Path(CMAKE_BIN_DIR) / "cmake")
+
+
+class BuildPy(build_py):
+    """Python files, and the sources of the CUDA kernels as ``accelrt/_csrc``."""
+
+    def run(self) -> None:
+        """Copy them; an editable install finds ``csrc`` beside the package."""
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / "accelrt" / "_csrc"
+        shutil.rmtree(target, ignore_errors=True)  # of an older build
+        for pattern in DEVICE_SOURCES:
+            for path in sorted((ROOT / "csrc").glob(pattern)):
+                copy = target / path.relative_to(ROOT / "csrc")
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
 
 
 class CMakeBuild(build_ext):
@@ -65,7 +86,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
         ]  # fmt: skip
-        passed_on = ("ACCELRT_CUDA", "ACCELRT_CUDA_ARCHS")
+        passed_on = ("ACCELRT_CUDA", "ACCELRT_CUDA_ARCHS", "ACCELRT_RUNTIME_CUDA")
         configure += [f"-D{name}={os.environ[name]}" for name in passed_on if os.environ.get(name)]
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
@@ -74,6 +95,6 @@ class CMakeBuild(build_ext):
 
 setup(
     ext_modules=[Extension("accelrt._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy},
     setup_requires=[] if torch_dir() is not None else ["torch>=2.11"],
 )

@@ -1,4 +1,4 @@
-"""Text files: settings that are checked when they are read; written whole or not at all."""
+"""Files: settings that are checked when they are read; written whole or not at all."""
 
 from __future__ import annotations
 
@@ -78,24 +78,29 @@ def parse_yaml(text: str) -> Any:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file, UTF-8. Whatever goes wrong, an older file of the name stays as it was.
+    """:func:`write_bytes` of a text in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file. Whatever goes wrong, an older file of the name stays as it was.
 
     Args:
         path: of the file; its folder must be there. What is no regular file, such as
             ``/dev/stdout``, is written to directly.
-        text: the whole content.
+        content: all of it.
 
     Raises:
         OSError: it cannot be written.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content)
         return
     target = path.resolve()  # of a link the file that it leads to
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content)
         part.replace(target)
     except BaseException:
         part.unlink(missing_ok=True)

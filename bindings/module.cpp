@@ -6,6 +6,7 @@
 #include "accelrt/cpu_isa.h"
 #include "accelrt/parallel.h"
 #include "aten_products.h"
+#include "kernel_launcher_bindings.h"
 #include "memory.h"
 #include "products_choice.h"
 
@@ -21,7 +22,14 @@ void torch_backend(int64_t begin, int64_t end, int64_t grain, accelrt::ParallelB
 
 py::dict build_info() {
   py::dict info;
-#if defined(ACCELRT_HAVE_CUDA)
+#if defined(ACCELRT_RUNTIME_CUDA)
+  info["cuda_kernels"] = "runtime";
+#elif defined(ACCELRT_HAVE_CUDA)
+  info["cuda_kernels"] = "nvcc";
+#else
+  info["cuda_kernels"] = "none";
+#endif
+#if defined(ACCELRT_HAVE_CUDA) && !defined(ACCELRT_RUNTIME_CUDA)
   info["cuda"] = true;
   info["cuda_compiler"] = ACCELRT_CUDA_COMPILER;
   info["cuda_architectures"] = ACCELRT_CUDA_ARCHITECTURES;
@@ -83,4 +91,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cuda_products", &accelrt::bindings::set_cuda_products, py::arg("name"),
         "Force `torch` or `own` in this process.");
   accelrt::bindings::bind_memory(m);
+  accelrt::bindings::bind_kernel_launcher(m);
 }

@@ -25,15 +25,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def sim_dir() -> Path:
-    """The folder of the simulator's binaries, built here (incrementally) from the sources."""
+def build_simulator(*targets: str) -> Path:
+    """The folder of the simulator's binaries, with these built (incrementally) from the sources."""
     build = Path(os.environ.get("ACCELRT_SIM_BUILD", ROOT / "build" / "sim"))
     configure = [
         "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
         "-DACCELRT_SIM=ON", "-DACCELRT_CUDA=0", "-DCMAKE_BUILD_TYPE=Debug",
     ]  # fmt: skip
-    targets = ["accelrt_sim_asan", "accelrt_sim_tsan", "accelrt_sim_no_barrier"]
     compile_all = ["cmake", "--build", str(build), "-j", "2", "--target", *targets]
     build.mkdir(parents=True, exist_ok=True)
     with FileLock(build / ".lock"):  # several test processes may want it at once
@@ -41,6 +39,18 @@ def sim_dir() -> Path:
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return build
+
+
+@pytest.fixture(scope="session")
+def sim_dir() -> Path:
+    """The folder of the simulator's binaries."""
+    return build_simulator("accelrt_sim_asan", "accelrt_sim_tsan", "accelrt_sim_no_barrier")
+
+
+@pytest.fixture(scope="session")
+def launches() -> Path:
+    """The program that runs the launchers of a build without nvcc on the simulator."""
+    return build_simulator("accelrt_launches") / "accelrt_launches"
 
 
 ISAS = ["generic", "avx2", "avx512", "avx512bf16"]

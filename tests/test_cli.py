@@ -27,10 +27,11 @@ from accelrt.reporting.environment import (
 )
 
 BUILD = {
-    "loaded": True, "error": None, "cuda": True, "cuda_architectures": "80,90a,120",
-    "best_isa": "avx512", "active_isa": "avx512",
+    "loaded": True, "error": None, "cuda_kernels": "nvcc", "cuda_compiler": "13.0.88",
+    "cuda_architectures": "80,90a,120", "best_isa": "avx512", "active_isa": "avx512",
 }  # fmt: skip
-NO_GPU = {"torch": {"cuda": None, "devices": []}, "nvidia": {"devices": []}}
+RUNTIME = {**BUILD, "cuda_kernels": "runtime", "cuda_architectures": None}
+NO_GPU = {"torch": {"cuda": None, "devices": []}, "nvidia": {"devices": []}, "cupy": None}
 FOUND = Package("torch", "tensors", True, "2.13.0", ">=2.11", "")
 
 
@@ -75,6 +76,9 @@ def test_doctor_json() -> None:
     assert found["usable"] is True
     assert found["build"]["active_isa"] in found["build"]["cpu_isas"]
     assert found["machine"]["torch"]["version"] == torch.__version__
+    assert found["build"]["cuda_kernels"] in ("nvcc", "runtime", "none")
+    assert "cupy" in found["machine"]
+    assert any(line.startswith("CUDA kernels: ") for line in found["statements"])
     assert {p["name"] for p in found["packages"]} >= {"torch", "diffusers", "nvidia-ml-py"}
     assert found["statements"][-1] == "accelrt is usable here."
 
@@ -101,21 +105,39 @@ def test_doctor_with_a_wrong_isa() -> None:
     assert "ACCELRT_CPU_ISA is 'mmx'" in done.stdout
 
 
-def device(code: str | None) -> dict[str, Any]:
+def device(code: str | None, cupy: str | None = None, cuda: str | None = "13.0") -> dict[str, Any]:
     gpu = {"name": "H200", "capability": "9.0", "code": code}
-    return {"torch": {"cuda": "13.0", "devices": [gpu]}, "nvidia": {"devices": [gpu]}}
+    devices = [] if cuda is None else [gpu]
+    return {
+        "torch": {"cuda": cuda, "devices": devices},
+        "nvidia": {"devices": [gpu]},
+        "cupy": cupy,
+    }
 
 
 @pytest.mark.parametrize(
     ("build", "machine", "statement"),
     [
-        (BUILD, NO_GPU, "CUDA kernels are built (sm 80,90a,120), but torch is CPU only"),
+        (BUILD, NO_GPU, "CUDA kernels: compiled by nvcc 13.0.88 for sm 80,90a,120."),
+        (BUILD, NO_GPU, "torch is CPU only: the CPU kernels run."),
+        (RUNTIME, NO_GPU, "CUDA kernels: none: this build compiles them at first use"),
+        (RUNTIME, device(None), "`pip install 'accelrt[cuda]'`"),
+        (RUNTIME, device(None, cuda="12.8"), "`pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12`"),
+        (
+            RUNTIME,
+            device(None, cupy="14.2.0"),
+            "CUDA kernels: compiled at first use by NVRTC through CuPy 14.2.0.",
+        ),
         (BUILD, {**NO_GPU, "torch": {"cuda": "13.0", "devices": []}}, "it finds no GPU"),
         (BUILD, device("binary"), "this build has code for it"),
         (BUILD, device("ptx"), "runs from PTX"),
         (BUILD, device(None), "rebuild with ACCELRT_CUDA_ARCHS=90"),
-        ({**BUILD, "cuda": False}, device(None), "There is a GPU, but this build has no CUDA"),
-        ({**BUILD, "cuda": False}, NO_GPU, "CPU only"),
+        (
+            {**BUILD, "cuda_kernels": "none"},
+            device(None),
+            "There is a GPU, but this build has no CUDA",
+        ),
+        ({**BUILD, "cuda_kernels": "none"}, NO_GPU, "CUDA kernels: none: built with"),
         ({**BUILD, "active_isa": "avx2"}, NO_GPU, "restricts the CPU kernels to avx2"),
         ({**BUILD, "active_isa": "amx_emulated"}, NO_GPU, "is for tests"),
         (

@@ -30,7 +30,7 @@ def reports() -> list[Path]:
 
 
 def built_with_cuda() -> bool:
-    return bool(_C.build_info()["cuda"])
+    return bool(_C.build_info()["cuda_kernels"] == "nvcc")
 
 
 needs_nvcc = pytest.mark.skipif(not built_with_cuda(), reason="this build has no CUDA kernels")

@@ -87,7 +87,8 @@ def test_headers_are_complete_and_only_those(prefix: Path) -> None:
     names = {str(path.relative_to(prefix)) for path in prefix.rglob("*") if path.is_file()}
     wanted = {
         f"include/accelrt/{path.relative_to(ROOT / 'csrc')}"
-        for path in (ROOT / "csrc").rglob("*.h")
+        for path in (ROOT / "csrc").rglob("*")
+        if path.suffix in (".h", ".cuh") or path.parent.name == "nvrtc"
     }
     wanted = {name.replace("accelrt/include/", "accelrt/") for name in wanted}
     assert {name for name in names if name.startswith("include/")} == wanted

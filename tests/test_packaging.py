@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import accelrt
+from accelrt.ops._compile import source_files
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -76,7 +77,12 @@ def test_the_sdist_builds_and_documents(built: tuple[set[str], set[str]]) -> Non
 
 def test_the_wheel_holds_the_package_whole(built: tuple[set[str], set[str]]) -> None:
     _, wheel = built
-    assert wheel == tracked("accelrt")
+    sources = {
+        f"accelrt/_csrc/{path.relative_to(ROOT / 'csrc').as_posix()}"
+        for path in source_files(ROOT / "csrc")
+    }
+    assert {"accelrt/_csrc/kernels/geglu/geglu.cuh", "accelrt/_csrc/nvrtc/cstdint"} <= sources
+    assert wheel == tracked("accelrt") | sources
     assert {"accelrt/py.typed", "accelrt/_C.pyi"} <= wheel
     assert any(name.endswith(".html.j2") for name in wheel)
 

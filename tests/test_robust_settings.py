@@ -338,14 +338,14 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     old.save(path)
     link = tmp_path / "link.json"
     link.symlink_to(path)
-    stock = Path.write_text
+    stock = Path.write_bytes
 
-    def full(self: Path, text: str, **options: Any) -> int:
-        stock(self, text[: len(text) // 2], **options)
+    def full(self: Path, content: bytes) -> int:
+        stock(self, content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(OSError, match="No space left"):
             Rehash(Interval(2), Taylor(2)).save(path)
     assert Rehash.load(path) == old

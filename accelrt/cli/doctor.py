@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
-from accelrt.reporting.environment import Environment, inspect_environment
+from accelrt.reporting.environment import Environment, cuda_path, inspect_environment
 
 
 @user_errors
@@ -30,8 +30,8 @@ def doctor(
 
 def show(environment: Environment, console: Console) -> None:
     """Print the findings as tables and sentences."""
-    _facts(console, "Build", _build(environment.build))
-    _facts(console, "Machine", _machine(environment.machine))
+    _facts(console, "Build", _build(environment.build, environment.machine))
+    _facts(console, "Machine", _machine(environment))
     table = Table("package", "version", "needed for", title="Packages", title_justify="left")
     for package in environment.packages:
         version = package.version or ("[red]missing[/]" if package.required else "missing")
@@ -52,14 +52,10 @@ def _facts(console: Console, title: str, facts: list[tuple[str, str]]) -> None:
     console.print(table)
 
 
-def _build(build: dict[str, Any]) -> list[tuple[str, str]]:
+def _build(build: dict[str, Any], machine: dict[str, Any]) -> list[tuple[str, str]]:
     version = ("accelrt", str(build.get("accelrt", "?")))
     if not build["loaded"]:
         return [version, ("extension", f"does not load: {build['error']}")]
-    if build["cuda"]:
-        cuda = f"sm {build['cuda_architectures']}, by nvcc {build['cuda_compiler']}"
-    else:
-        cuda = "none (built without nvcc, or with ACCELRT_CUDA=0)"
     return [
         version,
         ("extension", f"{build['build_type']}, by {build['compiler']}"),
@@ -68,11 +64,13 @@ def _build(build: dict[str, Any]) -> list[tuple[str, str]]:
             f"headers of {build['torch_headers']}, runs on {build['torch_target']} and later",
         ),
         ("CPU kernels", ", ".join(build["cpu_isas"])),
-        ("CUDA kernels", cuda),
+        ("CUDA kernels", cuda_path(build, machine)),
     ]
 
 
-def _machine(machine: dict[str, Any]) -> list[tuple[str, str]]:
+def _machine(environment: Environment) -> list[tuple[str, str]]:
+    machine = environment.machine
+    by_nvcc = environment.build.get("cuda_kernels") == "nvcc"
     torch, nvidia = machine["torch"], machine["nvidia"]
     facts = [
         ("system", f"{machine['system']}, Python {machine['python']}"),
@@ -90,11 +88,12 @@ def _machine(machine: dict[str, Any]) -> list[tuple[str, str]]:
             ("torch", f"{torch['version']} ({cuda}), threads: {torch['threads']}, "
              f"{torch['cpu_capability']}")
         )  # fmt: skip
+    code = {"binary": "has code for it", "ptx": "has PTX for it", None: "has no code for it"}
     for index, device in enumerate(torch["devices"]):
-        code = {"binary": "has code for it", "ptx": "has PTX for it", None: "has no code for it"}
+        state = f"; this build {code[device['code']]}" if by_nvcc else ""
         facts.append(
             (f"GPU {index}", f"{device['name']}, sm {device['capability']}, "
-             f"{_gib(device['memory_bytes'])}; this build {code[device['code']]}")
+             f"{_gib(device['memory_bytes'])}{state}")
         )  # fmt: skip
     if nvidia["driver"]:
         names = ", ".join(device["name"] for device in nvidia["devices"]) or "no device"

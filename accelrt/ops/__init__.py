@@ -9,7 +9,7 @@ says which inputs it may alias. All raise :class:`ValueError` naming the operato
 and the offending value before anything is written. None has a gradient.
 """
 
-from . import _flops
+from . import _flops, _runtime_cuda
 from .activations import geglu, gelu, gelu_tanh, silu
 from .attention import attention, temporal_attention
 from .blend import residual_blend
@@ -30,6 +30,7 @@ from .steps import feature_delta, guided_step
 from .weighted_sum import weighted_sum
 
 _flops.register()
+_runtime_cuda.register()
 
 __all__ = [
     "AttentionWeights",

@@ -54,11 +54,14 @@ def check_float_list(op: str, name: str, t: Tensor, like: Tensor, shape: Sequenc
 
 
 def check_cuda_built(op: str, t: Tensor) -> None:
-    """A CUDA tensor needs kernels in the build: never a silent CPU path."""
-    if t.device.type == "cuda" and not build_info["cuda"]:
+    """A CUDA tensor needs kernels in the build: never a silent CPU path.
+
+    Those of a build without nvcc are compiled at first use (:mod:`accelrt.ops._runtime_cuda`).
+    """
+    if t.device.type == "cuda" and build_info["cuda_kernels"] == "none":
         raise RuntimeError(
             f"accelrt.ops.{op}: the tensors are on {t.device}, but this build has no CUDA "
-            "kernels. Rebuild with ACCELRT_CUDA=1 and nvcc on the PATH."
+            "kernels. Rebuild with nvcc on the PATH, or without ACCELRT_RUNTIME_CUDA=0."
         )
 
 

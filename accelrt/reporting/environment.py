@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -36,6 +37,8 @@ OPTIONAL = {
     "scikit-learn": "training and measuring the reference models",
     "nvidia-ml-py": "driver and state of NVIDIA GPUs",
 }
+# CuPy and NVRTC that go with torch for CUDA 13 (the extra `cuda`), and with torch for CUDA 12.
+CUPY = ("'accelrt[cuda]'", "cupy-cuda12x nvidia-cuda-nvrtc-cu12")
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,20 @@ def inspect_machine() -> dict[str, Any]:
     }
     machine.update(_memory())
     machine["nvidia"] = _nvidia()
+    machine["cupy"] = _cupy()
     machine["torch"] = _torch()
     return machine
+
+
+def cuda_path(build: dict[str, Any], machine: dict[str, Any]) -> str:
+    """Where the CUDA kernels of a build that loads come from, in a few words."""
+    if build["cuda_kernels"] == "nvcc":
+        return f"compiled by nvcc {build['cuda_compiler']} for sm {build['cuda_architectures']}"
+    if build["cuda_kernels"] == "none":
+        return "none: built with ACCELRT_RUNTIME_CUDA=0 and without nvcc"
+    if machine["cupy"] is not None:
+        return f"compiled at first use by NVRTC through CuPy {machine['cupy']}"
+    return "none: this build compiles them at first use, through CuPy, which is missing"
 
 
 def inspect_packages() -> tuple[Package, ...]:
@@ -250,22 +265,26 @@ def _conclude_build(build: dict[str, Any], found: _Findings) -> None:
 def _conclude_devices(build: dict[str, Any], machine: dict[str, Any], found: _Findings) -> None:
     torch, gpus = machine["torch"], machine["nvidia"]["devices"]
     devices = torch.get("devices", [])
-    have = f"CUDA kernels are built (sm {build.get('cuda_architectures')})"
-    if not build["cuda"]:
-        if devices or gpus:
-            found.remarks.append(
-                "There is a GPU, but this build has no CUDA kernels: rebuild with "
-                "`ACCELRT_CUDA=1 pip install .` and nvcc on the PATH."
-            )
-        else:
-            found.remarks.append("No CUDA kernels are built, and no GPU is here: CPU only.")
+    kind = build["cuda_kernels"]
+    found.remarks.append(f"CUDA kernels: {cuda_path(build, machine)}.")
+    if kind == "none" and (devices or gpus):
+        found.remarks.append(
+            "There is a GPU, but this build has no CUDA kernels: rebuild with "
+            "`ACCELRT_CUDA=1 pip install .` and nvcc on the PATH, or without "
+            "ACCELRT_RUNTIME_CUDA=0."
+        )
     elif torch.get("cuda") is None:
-        found.remarks.append(f"{have}, but torch is CPU only: the CPU kernels run.")
+        found.remarks.append("torch is CPU only: the CPU kernels run.")
     elif not devices:
         found.remarks.append(
-            f"{have} and torch has CUDA {torch['cuda']}, but it finds no GPU: the CPU kernels run."
+            f"torch has CUDA {torch['cuda']}, but it finds no GPU: the CPU kernels run."
         )
-    for index, device in enumerate(devices if build["cuda"] else ()):
+    elif kind == "runtime" and machine["cupy"] is None:
+        found.remarks.append(
+            "There is a GPU; its kernels need CuPy (or a build with nvcc on the PATH): "
+            f"`pip install {CUPY[str(torch['cuda']).startswith('12.')]}`"
+        )
+    for index, device in enumerate(devices if kind == "nvcc" else ()):
         code = device["code"]
         name = f"GPU {index} ({device['name']}, sm {device['capability']})"
         if code == "binary":
@@ -339,6 +358,14 @@ def _nvidia() -> dict[str, Any]:
     finally:
         pynvml.nvmlShutdown()
     return info
+
+
+def _cupy() -> str | None:
+    """The version of CuPy, whichever CUDA its package is for; it is not imported."""
+    if importlib.util.find_spec("cupy") is None:
+        return None
+    names = importlib.metadata.packages_distributions().get("cupy", [])
+    return next(filter(None, map(installed_version, names)), "of unknown version")
 
 
 def _text(value: Any) -> str:

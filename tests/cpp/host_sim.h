@@ -138,6 +138,15 @@ inline Copies& copies() {
   return mine;
 }
 
+// Of every kernel that some launcher asks for: a hook for what runs kernels by name.
+template <auto kKernel, typename Params>
+void name_kernel();
+
+#if !defined(ACCELRT_SIM_BY_NAME)
+template <auto kKernel, typename Params>
+void name_kernel() {}
+#endif
+
 template <typename Body>
 void run(dim3 grid, int threads, int64_t shared_bytes, const Body& body) {
   const int64_t blocks = static_cast<int64_t>(grid.x) * grid.y * grid.z;
@@ -216,3 +225,7 @@ template <typename T>
 T __ldg(const T* p) {
   return *p;
 }
+
+#if defined(ACCELRT_SIM_BY_NAME)
+#include "by_name.h"
+#endif

@@ -1,9 +1,16 @@
 // What the device code of all kernels shares. A .cu file that includes this compiles with
-// nvcc, and with a host compiler under the simulator (ACCELRT_HOST_SIM, tests/cpp/host_sim.h),
-// which supplies threadIdx and friends, barriers and shuffles.
+// nvcc, and with a host compiler in two ways:
+// - under the simulator (ACCELRT_HOST_SIM, tests/cpp/host_sim.h), which supplies threadIdx and
+//   friends, barriers and shuffles and runs the kernels;
+// - for kernels that are compiled at run time (ACCELRT_RUNTIME_CUDA): the launchers alone, which
+//   name their kernels (kernel_launcher.h).
+// In the last case NVRTC compiles the .cuh files (__CUDACC_RTC__), with csrc/nvrtc for the
+// headers of the standard library.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "accelrt/check.h"
 #include "accelrt/tensor_view.h"
@@ -11,7 +18,11 @@
 
 #if defined(ACCELRT_HOST_SIM)
 #include "host_sim.h"
-#else
+#elif defined(ACCELRT_RUNTIME_CUDA)
+#include "accelrt/device_stubs.h"
+#include "accelrt/kernel_launcher.h"
+#include "accelrt/kernel_name.h"
+#elif !defined(__CUDACC_RTC__)
 #include <cuda_runtime.h>
 #endif
 
@@ -34,20 +45,53 @@ inline void check_config(const char* op, const LaunchConfig& config) {
 }
 
 // launch<kernel>(op, config, stream, params): runs `kernel(params)`. The kernel is a template
-// argument, so that its full name is known where it is compiled at run time.
+// argument, so that its full name is known where it is compiled at run time; it is in namespace
+// accelrt and takes a Params that can be copied as bytes.
 #if defined(ACCELRT_HOST_SIM)
 
 template <auto kKernel, typename Params>
 void launch(const char* op, const LaunchConfig& config, Stream, const Params& params) {
   check_config(op, config);
+  host_sim::name_kernel<kKernel, Params>();
   host_sim::run(dim3(config.grid_x, config.grid_y, config.grid_z), config.threads,
                 config.shared_bytes, [&] { kKernel(params); });
 }
 
 inline unsigned char* shared_memory() { return host_sim::shared_memory(); }
 
+#elif defined(ACCELRT_RUNTIME_CUDA)
+
+namespace detail {
+
+template <auto kKernel, size_t kParamsBytes>
+struct ListedKernel {
+  static inline const bool done =
+      list_kernel({ACCELRT_KERNEL_FOLDER, kernel_name<kKernel>(), kParamsBytes});
+};
+
+}  // namespace detail
+
+template <auto kKernel, typename Params>
+void launch(const char* op, const LaunchConfig& config, Stream stream, const Params& params) {
+  static_assert(std::is_trivially_copyable_v<Params>);
+  check_config(op, config);
+  static_cast<void>(detail::ListedKernel<kKernel, sizeof(Params)>::done);
+  launch_kernel({op,
+                 ACCELRT_KERNEL_FOLDER,
+                 kernel_name<kKernel>(),
+                 {config.grid_x, config.grid_y, config.grid_z},
+                 config.threads,
+                 config.shared_bytes,
+                 stream,
+                 &params,
+                 sizeof(Params)});
+}
+
+inline unsigned char* shared_memory() { return detail::never_called<unsigned char*>(); }
+
 #elif defined(__CUDACC__)
 
+#if !defined(__CUDACC_RTC__)
 template <auto kKernel, typename Params>
 void launch(const char* op, const LaunchConfig& config, Stream stream, const Params& params) {
   check_config(op, config);
@@ -67,6 +111,7 @@ void launch(const char* op, const LaunchConfig& config, Stream stream, const Par
       arguments, static_cast<size_t>(config.shared_bytes), static_cast<cudaStream_t>(stream));
   ACCELRT_CHECK(status == cudaSuccess, op, ": launch failed: ", cudaGetErrorString(status));
 }
+#endif
 
 // The dynamic shared memory of the block, 16-byte aligned.
 __device__ inline unsigned char* shared_memory() {

@@ -115,7 +115,7 @@ void copy_wait() {
   host_sim::copies().wait(kPending);
 }
 
-#else
+#elif defined(__CUDACC__)
 
 // c += a b, summed in float32.
 template <typename T>
@@ -202,6 +202,27 @@ __device__ __forceinline__ void copy_commit() {
 template <int kPending>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+#else  // launchers alone: see device_stubs.h
+
+template <typename T>
+void multiply_tiles(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]) {
+  detail::never_called<void>();
+}
+template <int kTiles>
+void load_tiles(uint32_t (&)[kTiles], const void*) {
+  detail::never_called<void>();
+}
+template <int kTiles>
+void load_tiles_transposed(uint32_t (&)[kTiles], const void*) {
+  detail::never_called<void>();
+}
+inline void copy_chunk_async(void*, const void*, bool) { detail::never_called<void>(); }
+inline void copy_commit() { detail::never_called<void>(); }
+template <int kPending>
+void copy_wait() {
+  detail::never_called<void>();
 }
 
 #endif

@@ -1,11 +1,11 @@
-// Element types. Storage-only 16-bit floats with conversions for host and device.
+// Element types. Storage-only 16-bit floats with conversions for host and device. The device's
+// are instructions, not those of cuda_fp16.h, which a machine without the toolkit does not have.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #if defined(__CUDACC__)
-#include <cuda_fp16.h>
 #define ACCELRT_HOST_DEVICE __host__ __device__
 #else
 #define ACCELRT_HOST_DEVICE
@@ -92,7 +92,9 @@ ACCELRT_HOST_DEVICE inline float to_float(bfloat16 x) {
 
 ACCELRT_HOST_DEVICE inline float to_float(float16 x) {
 #if defined(__CUDA_ARCH__)
-  return __half2float(__ushort_as_half(x.bits));
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
 #else
   return detail::half_bits_to_float(x.bits);
 #endif
@@ -116,7 +118,9 @@ ACCELRT_HOST_DEVICE inline bfloat16 from_float<bfloat16>(float x) {
 template <>
 ACCELRT_HOST_DEVICE inline float16 from_float<float16>(float x) {
 #if defined(__CUDA_ARCH__)
-  return {__half_as_ushort(__float2half_rn(x))};
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return {bits};
 #else
   return {detail::float_to_half_bits(x)};
 #endif
