@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,6 +133,27 @@ def weight_rows(
 
 
 @dataclass
+class Memory:
+    """Of a store whose request is over: for the next one of the same form.
+
+    Args:
+        slots, shared, marks, head, checks, predictor: of the store.
+    """
+
+    slots: list[Slots]
+    shared: int
+    marks: dict[str, bool]
+    head: Tensor | None
+    checks: Slots | None
+    predictor: Predictor
+
+    @property
+    def is_lasting(self) -> bool:
+        """It may be written to by any later request, also outside of inference mode."""
+        return not any(slots.data.is_inference() for slots in self.slots)
+
+
+@dataclass
 class Store:
     """What one call of a model keeps from step to step.
 
@@ -148,6 +169,7 @@ class Store:
         head: ``[B, M]`` in front of the left-out stages, at the step before.
         checks: slots of the output of the stage that verifies.
         inputs: shapes of the call that all this is for.
+        reuse: is given the memory when the request is over; ``None`` to free it.
     """
 
     batch: int
@@ -159,6 +181,29 @@ class Store:
     head: Tensor | None = None
     checks: Slots | None = None
     inputs: Any = None
+    reuse: Callable[[Memory], None] | None = None
+
+    def released(self) -> None:
+        """The request is over."""
+        if self.reuse is not None and self.slots:
+            kept = Memory(
+                self.slots, self.shared, self.marks, self.head, self.checks, self.predictor
+            )
+            self.reuse(kept)
+        self.reuse = None
+
+    def take(self, memory: Memory) -> None:
+        """Use the memory of a store for calls of the same form."""
+        self.slots, self.shared, self.marks = memory.slots, memory.shared, memory.marks
+        self.head, self.checks, self.predictor = memory.head, memory.checks, memory.predictor
+
+    @property
+    def addresses(self) -> tuple[Any, ...]:
+        """Where everything is kept."""
+        kept = [s.data for s in self.slots]
+        kept += [] if self.checks is None else [self.checks.data]
+        kept += [] if self.head is None else [self.head]
+        return tuple((t.data_ptr(), t.shape, t.dtype) for t in kept)
 
     @property
     def points(self) -> int:
