@@ -6,13 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import model_zoo as zoo
+import pytest
 import torch
 import zoo_pixart
 import zoo_svd
 import zoo_unet2d
+from recording_backend import RecordingBackend
 from torch import Tensor
 
 import accelrt
+from accelrt.steps import graphs
 from accelrt.steps.graphs import GraphsReport
 
 #: Model, and its inputs in a form that does not depend on the draw.
@@ -22,7 +25,15 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
         zoo.tiny_unet,
         lambda: zoo.unet_inputs(2, 3, 8, 8, per_frame_context=True),
     ),
-    "animatediff-variant": (zoo.unet_variant, lambda: zoo.unet_inputs(1, 5, 8, 6)),
+    "animatediff-variant": (zoo.unet_variant, lambda: zoo.unet_inputs(2, 3, 6, 8)),
+    "animatediff-small": (
+        lambda: zoo.tiny_unet(
+            block_out_channels=(16, 32),
+            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+            up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        ),
+        lambda: zoo.unet_inputs(2, 5, 4, 6),
+    ),
     "svd": (zoo_svd.tiny_svd_unet, lambda: zoo_svd.svd_inputs(2, 3, 8, 8)),
     "unet2d": (zoo_unet2d.sd15, lambda: zoo_unet2d.inputs(2, 8, 8)),
     "unet2d-2": (zoo_unet2d.sd2, lambda: zoo_unet2d.inputs(2, 9, 7)),
@@ -79,3 +90,16 @@ def call(model: Any, inputs: dict[str, Any]) -> Tensor:
         out = model(**inputs, return_dict=False)[0]
     assert isinstance(out, Tensor)
     return out
+
+
+@pytest.fixture
+def backends(monkeypatch: pytest.MonkeyPatch) -> list[RecordingBackend]:
+    """Wraps made from here on record their graphs: the backends of the wraps, in order."""
+    made: list[RecordingBackend] = []
+
+    def make() -> RecordingBackend:
+        made.append(RecordingBackend())
+        return made[-1]
+
+    monkeypatch.setattr(graphs, "default_backend", make)
+    return made

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from accelrt.memory import arena as arenas
 
@@ -31,6 +31,7 @@ REFUSED = {
     "aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::nonzero", "aten::lift_fresh",
     "aten::is_nonzero", "aten::masked_select", "aten::_unique2",
 }  # fmt: skip
+_INDEXING = {"aten::index", "aten::index_put_"}
 # Allocations: a graph does not repeat them.
 _NO_KERNEL = {
     "aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty",
@@ -92,6 +93,10 @@ class Recorder(TorchDispatchMode):
         name = func._schema.name
         if name in REFUSED:
             raise Refused(f"{name} during a capture")
+        if name in _INDEXING and any(
+            isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8) for t in args[1]
+        ):
+            raise Refused(f"{name} by a mask during a capture")
         inputs = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
         for tensor in inputs:
             self._note(tensor)
@@ -123,9 +128,9 @@ class Recorder(TorchDispatchMode):
                     continue
                 storage = tensor.untyped_storage()
                 address = storage.data_ptr()
-                if address in self._known and address not in self._before:
-                    if not _in_arena(address):
-                        self._before[address] = (storage, _bytes(storage).clone())
+                new = address in self._known and address not in self._before
+                if new and not _in_arena(address):
+                    self._before[address] = (storage, _bytes(storage).clone())
 
     def undo(self) -> None:
         """What was written outside of the capture is as it was before."""
@@ -160,8 +165,9 @@ class RecordingBackend:
     """A :class:`accelrt.steps.graph_backend.GraphBackend` on the CPU.
 
     Attributes:
+        graphs: by pool.
         captures, replays, resets: how many.
-        fail: called at the start of a capture, to raise there.
+        inside: called in a capture, before what is captured.
         events: what was asked, in order.
     """
 
@@ -171,7 +177,7 @@ class RecordingBackend:
         self.graphs: dict[int, list[Graph]] = {}
         self.captures = self.replays = self.resets = 0
         self.depth = 0
-        self.is_current = False
+        self.is_current = False  # the capturing stream
         self.inside: Callable[[], None] = lambda: None
         self.events: list[str] = []
 
@@ -249,6 +255,3 @@ class RecordingBackend:
 
     def stream(self, device: torch.device) -> int:
         return 0
-
-
-__all__ = ["REFUSED", "Graph", "RecordingBackend", "Refused", "tree_map"]

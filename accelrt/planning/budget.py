@@ -19,6 +19,7 @@ from accelrt.memory.arena import Arena
 from accelrt.memory.sizes import AUTO, MIN, bytes_text
 from accelrt.memory.tracker import storage_bytes
 from accelrt.models.forward import Cut, Forward
+from accelrt.steps.graphs import expected
 
 from .clone import Double, double_of, fingerprint, inputs_on_meta
 from .component import plan_component
@@ -111,7 +112,7 @@ class BudgetPlanner:
             if planned is None:
                 try:
                     planned = self._plan(forward, inputs)
-                    self._look_ahead(forward, inputs)
+                    self._look_ahead(forward, inputs, planned.plan.graphs_bytes)
                 finally:
                     self._doubles.clear()
                 self._planned[key] = planned
@@ -199,6 +200,7 @@ class BudgetPlanner:
         if not self.standalone:
             apart = workspace + storage_bytes(tensors)
             apart += resident_bytes(self._living(), device, forward.module)
+            apart += self._graphs_of_others(forward)
         assert isinstance(self.spec, int)
         return self.spec - apart, apart
 
@@ -215,6 +217,12 @@ class BudgetPlanner:
         arena = self._arenas.setdefault(device, Arena(device))
         return _Planned(plan, cut.placed(arena, plan.offsets, plan.slab_bytes))
 
+    def _graphs_of_others(self, forward: Forward) -> int:
+        """What graphs hold while another model runs."""
+        others = (reference() for reference in self._forwards)
+        paths = {other.path for other in others if other is not None and other is not forward}
+        return sum(plan.graphs_bytes for path, plan in self.plans.items() if path in paths)
+
     def _search(
         self,
         forward: Forward,
@@ -226,7 +234,8 @@ class BudgetPlanner:
         floating = (t.dtype for t in tensors_of(inputs) if t.is_floating_point())
         rates = machine(device, next(floating, torch.float32))
         double, on_meta = self._double(forward), inputs_on_meta(inputs)
-        return plan_component(double, on_meta, self.config, rates, device, limit, apart)
+        graphs = expected(self.config, forward, device)
+        return plan_component(double, on_meta, self.config, rates, device, limit, apart, graphs)
 
     def _double(self, forward: Forward) -> Forward:
         if id(forward) not in self._doubles:
@@ -242,11 +251,18 @@ class BudgetPlanner:
         with torch.no_grad(), MetaKernels():
             return forward.stepper.cache_bytes(self._double(forward), inputs_on_meta(inputs))
 
-    def _look_ahead(self, forward: Forward, inputs: dict[str, Any]) -> None:
+    def _look_ahead(self, forward: Forward, inputs: dict[str, Any], graphs: int) -> None:
         """Refuse now what a later model of the same request could not keep.
 
         A decoder that does not fit would else throw away all denoising steps.
+
+        Args:
+            forward: of the model that runs now.
+            inputs: of its call.
+            graphs: bytes that its CUDA graphs will hold, unless an earlier plan counts them.
         """
+        before = self.plans.get(forward.path)
+        graphs = max(0, graphs - (0 if before is None else before.graphs_bytes))
         shape = forward.family.call_shape(forward.module, inputs)
         if shape is None or self.standalone or self.spec == MIN:
             return
@@ -258,6 +274,7 @@ class BudgetPlanner:
             example = other.family.example(other.module, shape, sample.dtype)
             if example is not None:
                 limit, apart = self._limit(other, {"like": sample})
+                limit, apart = None if limit is None else limit - graphs, apart + graphs
                 self._search(other, other.arguments(**example), sample.device, limit, apart)
 
 

@@ -75,15 +75,13 @@ class CudaBackend:
 
     def pool_bytes(self, pool: Any, device: torch.device) -> int:
         """Segments that the allocator holds for the pool."""
-        return sum(
-            int(segment["total_size"])
-            for segment in torch.cuda.memory_snapshot()
-            if tuple(segment["segment_pool_id"]) == tuple(pool)
-        )
+        segments: Any = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        own = (s for s in segments if tuple(s["segment_pool_id"]) == tuple(pool))
+        return sum(int(segment["total_size"]) for segment in own)
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
         if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return self._streams[device]
 
     @contextmanager
@@ -129,7 +127,7 @@ class CudaBackend:
         current = torch.cuda.current_stream(device)
         last = self._last.get(device)
         if last is None:
-            last = self._last[device] = torch.cuda.Event()
+            last = self._last[device] = torch.cuda.Event()  # type: ignore[no-untyped-call]
         else:
             current.wait_event(last)
         try:

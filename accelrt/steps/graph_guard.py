@@ -7,6 +7,7 @@ things up in dictionaries that it keeps, and builds nothing.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,8 @@ class ModelGuard:
 
     def __init__(self, roots: Sequence[nn.Module]) -> None:
         self.reason = ""
+        # The models hold their forwards, which hold this: no way back from here.
+        self._roots: list[tuple[weakref.ref[nn.Module], int, list[tuple[str, Any]]]] = []
         self._attributes: list[tuple[dict[str, Any], int]] = []
         self._values: list[tuple[dict[str, Any], str, Any]] = []
         self._children: list[tuple[dict[str, Any], tuple[int, ...]]] = []
@@ -55,12 +58,12 @@ class ModelGuard:
         own = module.__dict__
         if not self.reason:
             self.reason = _unknown(name, module)
-        self._attributes.append((own, len(own)))
-        for key, value in own.items():
-            if _is_value(value):
-                self._values.append((own, key, value))
-        if "processor" in own:
-            self._values.append((own, "processor", own["processor"]))
+        values = [(k, v) for k, v in own.items() if _is_value(v) or k == "processor"]
+        if name:
+            self._attributes.append((own, len(own)))
+            self._values += [(own, key, value) for key, value in values]
+        else:
+            self._roots.append((weakref.ref(module), len(own), values))
         if module._modules:
             self._children.append((module._modules, tuple(map(id, module._modules.values()))))
         if name:
@@ -72,6 +75,14 @@ class ModelGuard:
 
     def changed(self) -> str:
         """What is not as it was; empty if everything is."""
+        for reference, count, values in self._roots:
+            root = reference()
+            if root is None or len(root.__dict__) != count:
+                return "attributes of the model"
+            for key, value in values:
+                found = root.__dict__.get(key, _MISSING)
+                if found is not value and found != value:
+                    return key
         for own, count in self._attributes:
             if len(own) != count:
                 return "attributes of a module"

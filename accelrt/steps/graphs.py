@@ -28,6 +28,7 @@ from .graph_guard import ModelGuard
 from .static_inputs import StaticInputs, described
 
 if TYPE_CHECKING:
+    from accelrt.config import Config
     from accelrt.groups import Group
     from accelrt.models.forward import Cut, Forward
 
@@ -46,6 +47,12 @@ _capturing = threading.Lock()
 def default_backend() -> GraphBackend:
     """That of a new wrap."""
     return CudaBackend()
+
+
+def expected(config: Config, forward: Forward, device: torch.device) -> bool:
+    """Whether a model's passes on a device become graphs, as far as its settings tell."""
+    wanted = config.cuda_graphs is not False and forward.is_denoiser
+    return wanted and device.type == default_backend().device_type
 
 
 @dataclass(frozen=True)
@@ -416,11 +423,14 @@ def _outside(forward: Forward, cut: Cut, x: Tensor, backend: GraphBackend) -> st
 
 def _switches() -> tuple[Any, ...]:
     """What of torch's global settings decides which kernels run."""
-    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    cuda: Any = torch.backends.cuda
+    cudnn: Any = torch.backends.cudnn
     return (
-        torch.get_float32_matmul_precision(), cuda.matmul.allow_bf16_reduced_precision_reduction,
-        cuda.matmul.allow_fp16_reduced_precision_reduction, cudnn.allow_tf32, cudnn.benchmark,
-        cudnn.deterministic, cudnn.enabled, cuda.flash_sdp_enabled(),
-        cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled(),
+        torch.get_float32_matmul_precision(),
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
+        cuda.matmul.allow_fp16_reduced_precision_reduction,
+        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, cudnn.enabled,
+        cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
         torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip

@@ -102,7 +102,7 @@ class InnerLoop:
         group = self.group(forward, cut.stages)
         conditions = self._conditions(forward, cut.stages, group, inputs, step, first)
         rows = int(inputs[family.input_name].shape[0])
-        given = {
+        given: dict[str, Any] = {
             "inputs": inputs,
             "keys": conditions.keys,
             "now": conditions.at(step.time, rows),
