@@ -223,6 +223,8 @@ class RecordingBackend:
         for arena in graph.arenas:
             assert arena is place
             assert arena.live_bytes == 0
+            if arena.reserved_bytes == 0:
+                continue
             raw = (ctypes.c_char * arena.reserved_bytes).from_address(arena.address)
             torch.frombuffer(raw, dtype=torch.uint8).fill_(255)
         with torch.no_grad():

@@ -231,4 +231,8 @@ def test_memory_of_a_request_is_not_kept_without_graphs() -> None:
     pipe = family.build(torch.float32)
     accelrt.wrap(pipe, rehash=Rehash(Interval(2), Taylor(1)))
     family.run(pipe, num_inference_steps=STEPS)
-    assert stepper_of(pipe)._memories == []
+    assert len(stepper_of(pipe).memories) == 0
+    accelrt.unwrap(pipe)
+    accelrt.wrap(pipe, rehash=Rehash(Interval(2), Taylor(1)), cuda_graphs="auto")
+    family.run(pipe, num_inference_steps=STEPS)
+    assert len(stepper_of(pipe).memories) == 0  # the CPU has no graphs

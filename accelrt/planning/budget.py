@@ -41,6 +41,7 @@ class _Planned:
 
     plan: ComponentPlan
     cut: Cut
+    held_bytes: int = 0  # for its graphs, while other models run
 
 
 class BudgetPlanner:
@@ -72,6 +73,7 @@ class BudgetPlanner:
         self._lock = threading.RLock()
         self._told: set[str] = set()
         self.plans: dict[str, ComponentPlan] = {}
+        self._held: dict[str, int] = {}
 
     def check_weights(self) -> None:
         """Refuse a budget that the weights alone exceed.
@@ -112,7 +114,7 @@ class BudgetPlanner:
             if planned is None:
                 try:
                     planned = self._plan(forward, inputs)
-                    self._look_ahead(forward, inputs, planned.plan.graphs_bytes)
+                    self._look_ahead(forward, inputs, planned.held_bytes)
                 finally:
                     self._doubles.clear()
                 self._planned[key] = planned
@@ -120,6 +122,9 @@ class BudgetPlanner:
                     self._planned.popitem(last=False)
             self._planned.move_to_end(key)
             self.plans[forward.path] = planned.plan
+            # The pool is as large as the largest form needs.
+            held = self._held.get(forward.path, 0)
+            self._held[forward.path] = max(held, planned.held_bytes)
             return planned.cut
 
     def done(self, forward: Forward) -> None:
@@ -215,13 +220,14 @@ class BudgetPlanner:
         if device.type == "meta":
             return _Planned(plan, cut)
         arena = self._arenas.setdefault(device, Arena(device))
-        return _Planned(plan, cut.placed(arena, plan.offsets, plan.slab_bytes))
+        cut = cut.placed(arena, plan.offsets, plan.slab_bytes)
+        # The memory of a request's features waits for the next one, if graphs work in it.
+        held = plan.graphs_bytes + kept if plan.graphs_bytes else 0
+        return _Planned(plan, cut, held)
 
     def _graphs_of_others(self, forward: Forward) -> int:
         """What graphs hold while another model runs."""
-        others = (reference() for reference in self._forwards)
-        paths = {other.path for other in others if other is not None and other is not forward}
-        return sum(plan.graphs_bytes for path, plan in self.plans.items() if path in paths)
+        return sum(held for path, held in self._held.items() if path != forward.path)
 
     def _search(
         self,
@@ -259,10 +265,9 @@ class BudgetPlanner:
         Args:
             forward: of the model that runs now.
             inputs: of its call.
-            graphs: bytes that its CUDA graphs will hold, unless an earlier plan counts them.
+            graphs: bytes that are held for its CUDA graphs; an earlier plan may count some.
         """
-        before = self.plans.get(forward.path)
-        graphs = max(0, graphs - (0 if before is None else before.graphs_bytes))
+        graphs = max(0, graphs - self._held.get(forward.path, 0))
         shape = forward.family.call_shape(forward.module, inputs)
         if shape is None or self.standalone or self.spec == MIN:
             return

@@ -222,15 +222,14 @@ class Graphs:
         Raises:
             ValueError: graphs are required and the device has none.
         """
-        if self.required and device.type not in (self.cache.backend.device_type, "meta"):
+        if self.required and not self.serves(device) and device.type != "meta":
             raise ValueError(
                 f"cuda_graphs is True, but the call is on {device}; allowed there: False, 'auto'"
             )
 
-    def stream(self, device: torch.device) -> int:
-        """Tells the streams of a device apart, if graphs may run there."""
-        backend = self.cache.backend
-        return backend.stream(device) if device.type == backend.device_type else 0
+    def serves(self, device: torch.device) -> bool:
+        """Whether calls on a device may have graphs."""
+        return device.type == self.cache.backend.device_type
 
     def skipped(self, reason: str) -> None:
         """Count a pass that runs without a graph."""
@@ -372,6 +371,9 @@ class Graphs:
                 place.schedule(cut.offsets)
                 place.begin()
             return entry.failed
+        except BaseException:
+            cache.abandon(device)
+            raise
 
     def report(self, component: str) -> GraphsReport:
         """So far."""

@@ -14,7 +14,17 @@ from accelrt.groups import State
 from accelrt.groups.skips import Skip, whole
 
 from .boundary import DEFAULT, PUBLISHED, Boundary, Place, Region, begin_of, flat, resolve
-from .features import Memory, Slots, Store, Unit, rows_of, shaped, weight_rows
+from .features import (
+    Memories,
+    Slots,
+    Store,
+    Unit,
+    rows_of,
+    shaped,
+    shapes_of,
+    single_slot,
+    weight_rows,
+)
 from .graphs import Pass
 from .passage import Passage, leave_schedule, rows_in, spread
 from .policies import Adaptive, Verified
@@ -45,7 +55,7 @@ class Stepper:
         self._begins: dict[tuple[str, ...], int] = {}
         self._weights: dict[Any, Tensor] = {}
         self._regions: dict[int, tuple[Any, tuple[Place, ...], Region]] = {}
-        self._memories: list[tuple[Any, Any, Memory]] = []
+        self.memories = Memories(KEPT_MEMORIES)
 
     def check(self, forward: Forward) -> None:
         """Refuse settings that do not fit a model.
@@ -118,37 +128,20 @@ class Stepper:
         run = Passage(forward, places, region, inputs, batch, cut=cut)
         key = (step.key, first)
         store = step.session.stores.get(key)
-        shapes = _shapes(inputs)
+        shapes = shapes_of(inputs)
         if store is not None and store.inputs != shapes:
             store = None  # guidance was switched on or off, or the size has changed
         if store is None:
             units = self._units(forward, inputs, batch)
             store = Store(batch, units, self.rehash.predictor, inputs=shapes)
-            if forward.graphs is not None:
-                where = inputs[forward.family.input_name].device
-                stream = forward.graphs.stream(where)
-                self._remember(store, step, cut.stages, (step.key, first, region, shapes, stream))
+            device = inputs[forward.family.input_name].device
+            if forward.graphs is not None and forward.graphs.serves(device):
+                stream = forward.graphs.cache.backend.stream(device)
+                form = (step.key, first, region, shapes, stream)
+                self.memories.lend(store, form, cut.stages)
+                step.session.cache_bytes = max(step.session.cache_bytes, store.bytes)
             step.session.stores[key] = store
         return self._decided(run, store, step)
-
-    def _remember(self, store: Store, step: Step, stages: Any, key: Any) -> None:
-        """Let a store have the memory of an earlier request, and leave it to a later one.
-
-        Graphs that were captured then work in it.
-        """
-        for index, (known, of, memory) in enumerate(self._memories):
-            if known == key and of is stages:
-                del self._memories[index]
-                store.take(memory)
-                step.session.cache_bytes = max(step.session.cache_bytes, store.bytes)
-                break
-
-        def reuse(memory: Memory) -> None:
-            if memory.is_lasting:
-                self._memories.append((key, stages, memory))
-                del self._memories[:-KEPT_MEMORIES]
-
-        store.reuse = reuse
 
     # Decisions
 
@@ -504,7 +497,7 @@ class Stepper:
         # The output is the caller's, and must not change with the cache.
         whole = run.region.end == len(run.places)
         if not (whole or run.rows is not None or self._is_residual(run)):
-            alone = _single(weights)
+            alone = single_slot(weights)
             if alone is not None:
                 return alone, None
         return None, self._on_device(weights, store.slots[0].data.device)
@@ -630,24 +623,5 @@ def attach(forward: Forward, tracker: Tracker) -> None:
     forward.stepper = stepper
 
 
-def _single(rows: tuple[tuple[float, ...], ...]) -> int | None:
-    """The slot that every row takes as it is, if there is one."""
-    first = rows[0]
-    if any(row != first for row in rows) or sorted(first) != [0.0] * (len(first) - 1) + [1.0]:
-        return None
-    return first.index(1.0)
-
-
 def _kept(step: Step) -> int:
     return sum(store.bytes for store in step.session.stores.values())
-
-
-def _shapes(value: Any) -> Any:
-    """What of the arguments of a call must not change from step to step."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype, value.device
-    if isinstance(value, dict):
-        return tuple((key, _shapes(item)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_shapes, value))
-    return None
