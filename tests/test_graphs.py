@@ -293,6 +293,14 @@ def test_a_switch_of_torch_is_part_of_the_form(
     for _ in range(2):
         call(model, dit_inputs())
     assert report(model).captures == 2
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        for _ in range(2):
+            call(model, dit_inputs())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert report(model).captures == 3
 
 
 # What runs without

@@ -428,10 +428,11 @@ def _switches() -> tuple[Any, ...]:
     cuda: Any = torch.backends.cuda
     cudnn: Any = torch.backends.cudnn
     return (
-        torch.get_float32_matmul_precision(),
+        # The older names of these raise once the newer ones were used.
+        cuda.matmul.fp32_precision, cudnn.conv.fp32_precision,
         cuda.matmul.allow_bf16_reduced_precision_reduction,
         cuda.matmul.allow_fp16_reduced_precision_reduction,
-        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, cudnn.enabled,
+        cudnn.benchmark, cudnn.deterministic, cudnn.enabled,
         cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(),
         cuda.cudnn_sdp_enabled(),
         torch.are_deterministic_algorithms_enabled(),
