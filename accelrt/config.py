@@ -104,6 +104,10 @@ class Config(Settings):
             1.15 times the time; a number may ask for less). Of a pipeline, its weights count;
             of a single model, what its forward allocates. Every new size of call is planned
             before it runs. ``None``: no plan.
+        cuda_graphs: on CUDA, capture the passes of a denoiser as CUDA graphs and launch those.
+            ``True`` refuses a call on another device, ``"auto"`` runs it as without. ``False``,
+            since nothing of it has been measured on a GPU yet. See ``docs/cuda.md``.
+        max_cuda_graphs: graphs that are kept, at most; the least recently used goes first.
         inplace: groups may write over inputs that nothing else needs.
         fuse: use the fused operators; ``False`` runs the same slices with the model's
             own modules, for comparison.
@@ -122,6 +126,8 @@ class Config(Settings):
     bands: bool = False
     recompute: str = "allow"
     memory_budget: int | str | None = None
+    cuda_graphs: bool | str = False
+    max_cuda_graphs: int = 16
     inplace: bool = True
     fuse: bool = True
 
@@ -141,6 +147,11 @@ class Config(Settings):
             parse_budget(self.memory_budget)
         if self.recompute not in RECOMPUTE:
             raise ValueError(f"recompute is {self.recompute!r}; allowed: {', '.join(RECOMPUTE)}")
+        if type(self.cuda_graphs) is not bool and self.cuda_graphs != "auto":
+            raise ValueError(f"cuda_graphs is {self.cuda_graphs!r}; allowed: True, False, 'auto'")
+        most = self.max_cuda_graphs
+        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+            raise ValueError(f"max_cuda_graphs is {most!r}; allowed: an integer >= 1")
         for name in ("bands", "inplace", "fuse"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: True, False")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelrt.memory.sizes import bytes_text
 from accelrt.models.stages import Stage
+from accelrt.steps.graphs import GraphsReport
 from accelrt.steps.inner_loop import InnerLoop
 from accelrt.steps.report import FeedbackReport, StepsReport, report_of
 
@@ -50,6 +51,7 @@ class Summary:
         exceeded: buffers that found no room in the arena of a plan.
         steps: what the step policy or the feedback did in the last request; ``None`` without
             either.
+        graphs: what became of the passes of each component, where CUDA graphs are wanted.
     """
 
     rows: tuple[Row, ...]
@@ -58,6 +60,7 @@ class Summary:
     planned: dict[str, int]
     exceeded: int
     steps: StepsReport | FeedbackReport | None = None
+    graphs: tuple[GraphsReport, ...] = ()
 
     def counts(self) -> dict[str, int]:
         """Number of groups per status."""
@@ -76,6 +79,7 @@ class Summary:
             "planned": dict(self.planned),
             "exceeded": self.exceeded,
             "steps": None if self.steps is None else self.steps.to_dict(),
+            "graphs": [asdict(report) for report in self.graphs],
         }
 
     def __str__(self) -> str:
@@ -100,6 +104,7 @@ class Summary:
             lines.append(f"{self.exceeded} buffers found no room in the planned arena")
         if self.steps is not None:
             lines.append(str(self.steps))
+        lines += map(str, self.graphs)
         if self.unsupported:
             names = (f"{name} ({cls})" for name, cls in self.unsupported.items())
             lines.append(f"not wrapped: {', '.join(names)}")
@@ -144,4 +149,8 @@ def describe(found: list[tuple[str, Forward]], unsupported: dict[str, str]) -> S
                 )  # fmt: skip
         if forward.stock_reason:
             stock[component] = forward.stock_reason
-    return Summary(tuple(rows), stock, unsupported, planned, sum(exceeded.values()), steps)
+    graphs = tuple(
+        forward.graphs.report(component) for component, forward in found if forward.graphs
+    )
+    spilled = sum(exceeded.values())
+    return Summary(tuple(rows), stock, unsupported, planned, spilled, steps, graphs)

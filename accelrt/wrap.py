@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from accelrt.models.forward import Forward
     from accelrt.planning.budget import BudgetPlanner
     from accelrt.planning.plan import Plan
+    from accelrt.steps.graphs import GraphCache
     from accelrt.steps.rehash import Rehash
     from accelrt.steps.session import Tracker
 
@@ -88,6 +89,7 @@ def wrap(
         gate.check_floor(quality_floor, pipe_or_model, rehash=approximate)
     from accelrt.models import supported
     from accelrt.models.forward import Forward
+    from accelrt.steps.graphs import Graphs
     from accelrt.steps.session import Tracker
     from accelrt.steps.stepper import attach
 
@@ -106,11 +108,14 @@ def wrap(
     settings = _rehash(rehash)
     feedback_module = feedback_of(feedback)
     planner = _planner(pipe_or_model, config)
+    cache = _graphs(config)
     tracker: Tracker | None = None
     done: list[nn.Module] = []
     try:
         for module, path, family in parts:
             forward = Forward(module, family, config, path)
+            if cache is not None:
+                forward.graphs = Graphs(cache, required=config.cuda_graphs is True)
             forward.stages()  # an unexpected structure fails here, not at the first step
             if settings is not None and forward.is_denoiser:
                 tracker = tracker or Tracker(settings, pipe_or_model)
@@ -229,6 +234,13 @@ def reset(pipe_or_model: Any) -> Any:
     return pipe_or_model
 
 
+def _graphs(config: Config) -> GraphCache | None:
+    """Where the graphs of a wrap are kept, if there are to be any."""
+    from accelrt.steps.graphs import GraphCache
+
+    return None if config.cuda_graphs is False else GraphCache(config.max_cuda_graphs)
+
+
 def _planner(target: Any, config: Config) -> BudgetPlanner | None:
     """Keeps the config's memory budget, if it has one; refuses one that the weights exceed."""
     if config.memory_budget is None:
@@ -318,6 +330,8 @@ def unwrap(pipe_or_model: Any) -> Any:
 
             gate.release(forward.stepper.tracker)
             forward.stepper.tracker.release()
+        if forward is not None and forward.graphs is not None:
+            forward.graphs.release()  # before the slab in which they work
         if forward is not None and forward.planner is not None:
             forward.planner.release()
         restore(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,8 @@ class Group(ABC):
     classes: tuple[type, ...] = ()
     #: ``recompute`` decides whether its skip is kept, which later groups feel.
     makes_skip = False
+    #: It decides by the values of a call, see :meth:`decided`.
+    decides = False
 
     def __init__(self, name: str, module: nn.Module, config: Config) -> None:
         self.name = name
@@ -77,6 +80,17 @@ class Group(ABC):
         if self.classes and not is_plain(self.module, *self.classes):
             return container_reason(self.module, self.classes)
         return ""
+
+    def decided(self, inputs: dict[str, Any], frames: int) -> Hashable:
+        """What the group decides by the values of a call's arguments. May wait for the device.
+
+        A captured graph holds for calls of which this is the same.
+        """
+        return None
+
+    def decide_alike(self, inputs: dict[str, Any], copies: dict[str, Any], frames: int) -> None:
+        """Decide for copies of a call's arguments as for ``inputs``, without looking at them."""
+        return None
 
     @abstractmethod
     def unfused(self) -> list[str]:

@@ -7,6 +7,8 @@ import weakref
 import torch
 from torch import Tensor
 
+from .capture import NotCapturable, is_capturing
+
 
 class SharedContext:
     """Finds ``[B, L, D]`` in a context ``[B * T, L, D]`` that repeats it for every frame.
@@ -29,19 +31,33 @@ class SharedContext:
         """
         if frames == 1:
             return context
+        return context[::frames] if self.repeats(context, frames) else None
+
+    def repeats(self, context: Tensor, frames: int) -> bool:
+        """Whether the rows of all frames of a sample are the same.
+
+        Raises:
+            NotCapturable: a graph is being captured, and the context was not seen before.
+        """
         if context.dim() != 3 or context.shape[0] % frames or context.device.type == "meta":
-            return None
+            return False
         if torch.compiler.is_compiling():
-            return None  # what depends on values cannot be part of a graph
+            return False  # what depends on values cannot be part of a graph
         repeats = self._known(context, frames)
         if repeats is None:
+            if is_capturing():
+                raise NotCapturable("whether all frames share a context depends on its values")
             if context.is_cuda and torch.cuda.is_current_stream_capturing():
-                return None
+                return False
             grouped = context.view(-1, frames, *context.shape[1:])
             repeats = bool((grouped == grouped[:, :1]).all())
             if not context.is_inference():
                 self._verdict = (weakref.ref(context), context._version, frames, repeats)
-        return context[::frames] if repeats else None
+        return repeats
+
+    def assume(self, context: Tensor, frames: int, repeats: bool) -> None:
+        """Take a verdict on another tensor for ``context``, which holds the same values."""
+        self._verdict = (weakref.ref(context), context._version, frames, repeats)
 
     def _known(self, context: Tensor, frames: int) -> bool | None:
         """The verdict on ``context``, if it was seen and has not been written to since."""

@@ -260,6 +260,11 @@ class Arena:
             self._core.reset_peak()
 
     @property
+    def address(self) -> int:
+        """Of the slab; 0 without one."""
+        return self._address if self.reserved_bytes else 0
+
+    @property
     def reserved_bytes(self) -> int:
         """Size of the slab."""
         return 0 if self._core is None else self._core.slab_bytes

@@ -88,11 +88,9 @@ class DiT(Family):
         """Blocks embed the timestep themselves."""
         return {**given, "timestep": timestep}
 
-    def retime(self, state: State, time: float) -> None:
+    def retime(self, state: State, timestep: Tensor) -> None:
         """Blocks embed the timestep of the call themselves."""
-        inputs = state.inputs
-        batch = inputs["hidden_states"].shape[0]
-        state.inputs = {**inputs, "timestep": rows_of_times([time], batch, inputs["timestep"])}
+        state.inputs = {**state.inputs, "timestep": timestep}
 
     def made_ahead(
         self,

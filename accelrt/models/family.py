@@ -94,8 +94,8 @@ class Family(ABC):
         """What the stock model gives its blocks, ``given``, at another timestep ``[B]``."""
         raise TypeError(f"{type(self).__name__} has no like blocks")
 
-    def retime(self, state: State, time: float) -> None:
-        """Let the groups of the like blocks run at another timestep from here on."""
+    def retime(self, state: State, timestep: Tensor) -> None:
+        """Let the groups of the like blocks run at another timestep ``[B]`` from here on."""
         raise TypeError(f"{type(self).__name__} has no like blocks")
 
     def made_ahead(

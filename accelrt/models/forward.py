@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from accelrt.config import Config
 from accelrt.groups.slicing import current_probe
 from accelrt.memory.arena import Arena, activate
+from accelrt.steps.graphs import GraphCache, Graphs, Pass
 from accelrt.steps.inner_loop import InnerLoop
-from accelrt.steps.session import Step
+from accelrt.steps.session import COMPUTED, Step
 from accelrt.steps.stepper import Stepper
 
 from .family import Family, random_modules
@@ -126,6 +127,7 @@ class Forward:
         self._stages: tuple[Stage, ...] = ()
         self.planner: Planner | None = None
         self.stepper: Stepper | InnerLoop | None = None
+        self.graphs: Graphs | None = None
         self._random: list[nn.Module] = []
         self._signature = inspect.signature(type(module).forward)
         self.__name__ = "forward"
@@ -155,7 +157,11 @@ class Forward:
             raise RuntimeError("copy the wrapped module, not its forward")
         if self.planner is not None:
             self.planner.skipped(self, "a copy has none; unwrap it and wrap it again")
-        return Forward(copied, self.family, self.config, self.path)
+        made = Forward(copied, self.family, self.config, self.path)
+        if self.graphs is not None:
+            cache = GraphCache(self.config.max_cuda_graphs)
+            made.graphs = Graphs(cache, required=self.graphs.required)
+        return made
 
     def __reduce__(self) -> Any:
         raise pickle.PicklingError(
@@ -219,7 +225,11 @@ class Forward:
         if self.stock_reason:
             if self.planner is not None:
                 self.planner.skipped(self, self.stock_reason)
+            if self.graphs is not None:
+                self.graphs.skipped(f"the stock forward ran: {self.stock_reason}")
             return stock(module, *args, **kwargs)
+        if self.graphs is not None:
+            self.graphs.check(inputs[self.family.input_name].device)
         run = _run if self.family.lora_scale_kwargs is None else _scaled(self.family)
         if self.stepper is not None:
             return self._stepped(run, module, inputs)
@@ -291,8 +301,14 @@ class Forward:
         with placing(cut):
             if cut.step is not None and self.stepper is not None:
                 return self.stepper.run(self, cut, inputs, cut.step, first)
-            state = execute(cut.stages, family.begin(module, inputs), self.observer)
-            return family.finish(module, state)
+
+            def body(given: dict[str, Any]) -> Tensor:
+                state = execute(cut.stages, family.begin(module, given["inputs"]), self.observer)
+                return family.finish(module, state)
+
+            if self.graphs is None or torch.compiler.is_compiling():
+                return body({"inputs": inputs})
+            return self.graphs.run(self, cut, Pass(COMPUTED, None, {"inputs": inputs}, body))
 
 
 def _run(module: nn.Module, forward: Forward, cut: Cut, **inputs: Any) -> Any:

@@ -159,11 +159,11 @@ class PixArt(Family):
         )
         return {**given, "timestep": modulation}
 
-    def retime(self, state: State, time: float) -> None:
+    def retime(self, state: State, timestep: Tensor) -> None:
         """The blocks are given the modulation of another timestep."""
         inputs = state.inputs
         x = inputs["hidden_states"]
-        state.inputs = {**inputs, "timestep": rows_of_times([time], len(x), inputs["timestep"])}
+        state.inputs = {**inputs, "timestep": timestep}
         made = state.extras.get("modulations", {})
         if "adaln_single" in made:
             state.extras["modulation"] = made["adaln_single"]

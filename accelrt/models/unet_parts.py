@@ -27,11 +27,25 @@ class EmbedGroup(StockGroup):
     """
 
     why = "an embedding"
+    decides = True
 
     def __init__(self, name: str, model: Any, config: Config) -> None:
         super().__init__(name, model.time_embedding, config)
         self._model = weakref.ref(model)
         self._shared = SharedContext()
+
+    def decided(self, inputs: dict[str, Any], frames: int) -> bool:
+        """Whether all frames share their context, if that is what the call gives."""
+        context = inputs.get("encoder_hidden_states")
+        if frames == 1 or not isinstance(context, Tensor):
+            return False
+        return self._shared.repeats(context, frames)
+
+    def decide_alike(self, inputs: dict[str, Any], copies: dict[str, Any], frames: int) -> None:
+        """The verdict on the context of ``inputs``."""
+        context = copies.get("encoder_hidden_states")
+        if frames > 1 and isinstance(context, Tensor):
+            self._shared.assume(context, frames, self.decided(inputs, frames))
 
     @abstractmethod
     def time(self, unet: Any, state: State) -> Tensor:

@@ -19,6 +19,7 @@ from accelrt.memory.arena import Arena
 from accelrt.memory.sizes import AUTO, MIN, bytes_text
 from accelrt.memory.tracker import storage_bytes
 from accelrt.models.forward import Cut, Forward
+from accelrt.steps.graphs import expected
 
 from .clone import Double, double_of, fingerprint, inputs_on_meta
 from .component import plan_component
@@ -40,6 +41,7 @@ class _Planned:
 
     plan: ComponentPlan
     cut: Cut
+    held_bytes: int = 0  # for its graphs, while other models run
 
 
 class BudgetPlanner:
@@ -71,6 +73,7 @@ class BudgetPlanner:
         self._lock = threading.RLock()
         self._told: set[str] = set()
         self.plans: dict[str, ComponentPlan] = {}
+        self._held: dict[str, int] = {}
 
     def check_weights(self) -> None:
         """Refuse a budget that the weights alone exceed.
@@ -111,7 +114,7 @@ class BudgetPlanner:
             if planned is None:
                 try:
                     planned = self._plan(forward, inputs)
-                    self._look_ahead(forward, inputs)
+                    self._look_ahead(forward, inputs, planned.held_bytes)
                 finally:
                     self._doubles.clear()
                 self._planned[key] = planned
@@ -119,6 +122,9 @@ class BudgetPlanner:
                     self._planned.popitem(last=False)
             self._planned.move_to_end(key)
             self.plans[forward.path] = planned.plan
+            # The pool is as large as the largest form needs.
+            held = self._held.get(forward.path, 0)
+            self._held[forward.path] = max(held, planned.held_bytes)
             return planned.cut
 
     def done(self, forward: Forward) -> None:
@@ -199,6 +205,7 @@ class BudgetPlanner:
         if not self.standalone:
             apart = workspace + storage_bytes(tensors)
             apart += resident_bytes(self._living(), device, forward.module)
+            apart += self._graphs_of_others(forward)
         assert isinstance(self.spec, int)
         return self.spec - apart, apart
 
@@ -213,7 +220,14 @@ class BudgetPlanner:
         if device.type == "meta":
             return _Planned(plan, cut)
         arena = self._arenas.setdefault(device, Arena(device))
-        return _Planned(plan, cut.placed(arena, plan.offsets, plan.slab_bytes))
+        cut = cut.placed(arena, plan.offsets, plan.slab_bytes)
+        # The memory of a request's features waits for the next one, if graphs work in it.
+        held = plan.graphs_bytes + kept if plan.graphs_bytes else 0
+        return _Planned(plan, cut, held)
+
+    def _graphs_of_others(self, forward: Forward) -> int:
+        """What graphs hold while another model runs."""
+        return sum(held for path, held in self._held.items() if path != forward.path)
 
     def _search(
         self,
@@ -226,7 +240,8 @@ class BudgetPlanner:
         floating = (t.dtype for t in tensors_of(inputs) if t.is_floating_point())
         rates = machine(device, next(floating, torch.float32))
         double, on_meta = self._double(forward), inputs_on_meta(inputs)
-        return plan_component(double, on_meta, self.config, rates, device, limit, apart)
+        graphs = expected(self.config, forward, device)
+        return plan_component(double, on_meta, self.config, rates, device, limit, apart, graphs)
 
     def _double(self, forward: Forward) -> Forward:
         if id(forward) not in self._doubles:
@@ -242,11 +257,17 @@ class BudgetPlanner:
         with torch.no_grad(), MetaKernels():
             return forward.stepper.cache_bytes(self._double(forward), inputs_on_meta(inputs))
 
-    def _look_ahead(self, forward: Forward, inputs: dict[str, Any]) -> None:
+    def _look_ahead(self, forward: Forward, inputs: dict[str, Any], graphs: int) -> None:
         """Refuse now what a later model of the same request could not keep.
 
         A decoder that does not fit would else throw away all denoising steps.
+
+        Args:
+            forward: of the model that runs now.
+            inputs: of its call.
+            graphs: bytes that are held for its CUDA graphs; an earlier plan may count some.
         """
+        graphs = max(0, graphs - self._held.get(forward.path, 0))
         shape = forward.family.call_shape(forward.module, inputs)
         if shape is None or self.standalone or self.spec == MIN:
             return
@@ -258,6 +279,7 @@ class BudgetPlanner:
             example = other.family.example(other.module, shape, sample.dtype)
             if example is not None:
                 limit, apart = self._limit(other, {"like": sample})
+                limit, apart = None if limit is None else limit - graphs, apart + graphs
                 self._search(other, other.arguments(**example), sample.device, limit, apart)
 
 

@@ -33,6 +33,7 @@ def plan_component(
     device: torch.device,
     limit: int | None,
     apart: int = 0,
+    graphs: bool = False,
 ) -> tuple[ComponentPlan, Model, Found]:
     """The fastest plan whose memory stays within ``limit``.
 
@@ -44,6 +45,7 @@ def plan_component(
         device: where it runs.
         limit: bytes for the activations; ``None`` for the least that is not much slower.
         apart: bytes of the budget that are taken already, for the error.
+        graphs: its passes become CUDA graphs, whose pool counts.
 
     Raises:
         BudgetError: no exact plan fits.
@@ -53,22 +55,28 @@ def plan_component(
     model = Model(clone, inputs, base, rates, default_slice_mib(device))
     if limit is None:
         found = lowered(model, _least_in_time(model, batch), SLOWER_AT_MOST)
-        plan = finish(model, found, clone.path, 0)
-        return replace(plan, limit_bytes=plan.reserved_bytes), model, found
+        plan = _finished(model, found, clone.path, 0, graphs)
+        return replace(plan, limit_bytes=plan.needed_bytes), model, found
     target = limit
     for _ in range(TIGHTENINGS):
         chosen = search(model, batch, target)
         if chosen is None:
             break
-        plan = finish(model, chosen, clone.path, limit)
-        if plan.reserved_bytes <= limit:
+        plan = _finished(model, chosen, clone.path, limit, graphs)
+        if plan.needed_bytes <= limit:
             return plan, model, chosen
-        target -= plan.reserved_bytes - limit
+        target -= plan.needed_bytes - limit
     found = _least(model, batch)
-    plan = finish(model, found, clone.path, limit)
-    if plan.reserved_bytes <= limit:
+    plan = _finished(model, found, clone.path, limit, graphs)
+    if plan.needed_bytes <= limit:
         return plan, model, found
-    raise _refusal(plan.reserved_bytes, apart, limit, clone.path, plan.binding)
+    raise _refusal(plan.needed_bytes, apart, limit, clone.path, plan.binding)
+
+
+def _finished(model: Model, found: Found, path: str, limit: int, graphs: bool) -> ComponentPlan:
+    """The plan of a cut, with the pool of its graphs."""
+    plan = finish(model, found, path, limit)
+    return replace(plan, graphs_bytes=plan.own_bytes) if graphs else plan
 
 
 def _least(model: Model, batch: int) -> Found:

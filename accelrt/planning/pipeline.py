@@ -15,6 +15,7 @@ from accelrt.memory.sizes import AUTO, parse_budget
 from accelrt.memory.tracker import storage_bytes, weight_bytes
 from accelrt.models.family import CallShape, Family
 from accelrt.models.forward import Forward
+from accelrt.steps.graphs import expected
 
 from .budget import AUTO_MARGIN, tensors_of
 from .clone import double_of
@@ -64,7 +65,9 @@ def plan_parts(
     stocks: dict[str, tuple[tuple[str, int], ...]] = {}
     unplanned: list[str] = []
     worst: BudgetError | None = None
-    for module, path, family in parts:
+    held = 0  # by the graphs of the denoisers, while others run
+    order = {path: index for index, (_, path, _) in enumerate(parts)}
+    for module, path, family in sorted(parts, key=_denoisers_first):
         if path.endswith("encoder") and not takes_image:
             continue
         example = family.example(module, shape, dtype)
@@ -79,12 +82,14 @@ def plan_parts(
         if not standalone:
             resident = resident_bytes(modules.values(), device, module)
             reserve = workspace_bytes(module, device, spec if isinstance(spec, int) else 0)
-            reserve += storage_bytes(tensors_of(inputs))
+            reserve += storage_bytes(tensors_of(inputs)) + held
         limit = None if total is None else total - resident - reserve
+        graphs = expected(config, double.forward, target)
         try:
             part, _, _ = plan_component(
-                double.forward, inputs, config, rates, target, limit, resident + reserve
+                double.forward, inputs, config, rates, target, limit, resident + reserve, graphs
             )
+            held += part.graphs_bytes
             planned.append(replace(part, resident_bytes=resident, reserve_bytes=reserve))
         except BudgetError as error:
             if worst is None or error.smallest_bytes > worst.smallest_bytes:
@@ -99,10 +104,14 @@ def plan_parts(
     return Plan(
         budget_bytes=total,
         weights={name: weight_bytes(module) for name, module in modules.items()},
-        components=tuple(planned),
+        components=tuple(sorted(planned, key=lambda part: order[part.path])),
         unplanned=tuple(unplanned),
         stock=stocks,
     )
+
+
+def _denoisers_first(part: Part) -> bool:
+    return type(part[2]).call_shape is Family.call_shape
 
 
 def _stock(clone: Forward, inputs: dict[str, Any], rates: Machine) -> tuple[tuple[str, int], ...]:

@@ -52,6 +52,8 @@ class ComponentPlan:
         resident_bytes: weights that are on the device while it runs.
         reserve_bytes: for what the library needs inside of its operators, and for the
             call's arguments.
+        graphs_bytes: of the pool of its CUDA graphs, estimated: what a pass needs beside the
+            arena. It is held between passes, and a pass without a graph needs its own.
     """
 
     path: str
@@ -69,11 +71,17 @@ class ComponentPlan:
     timeline: tuple[tuple[str, int], ...]
     resident_bytes: int = 0
     reserve_bytes: int = 0
+    graphs_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All that is there while it runs."""
-        return self.reserved_bytes + self.resident_bytes + self.reserve_bytes
+        return self.needed_bytes + self.resident_bytes + self.reserve_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """:attr:`reserved_bytes` with the pool of the graphs: what a limit is for."""
+        return self.reserved_bytes + self.graphs_bytes
 
     @property
     def reserved_bytes(self) -> int:

@@ -60,6 +60,9 @@ def total_text(plan: Plan) -> str:
     if part.resident_bytes or part.reserve_bytes:
         weights, workspace = map(bytes_text, (part.resident_bytes, part.reserve_bytes))
         beside = f"weights {weights}, workspace {workspace}"
+    pools = [p for p in plan.components if p.graphs_bytes]
+    for pool in pools:
+        beside += f", CUDA graphs of {pool.path or 'the model'} {bytes_text(pool.graphs_bytes)}"
     if plan.unplanned:
         beside += f", without {', '.join(plan.unplanned)}"
     return f"{total}: {beside}; {plan.binding} binds"

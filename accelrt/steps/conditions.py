@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from accelrt.groups import State
     from accelrt.models.family import Family
 
 
@@ -29,6 +28,7 @@ class Conditions:
         made: what the family made for each of them, by name of the group.
         keys: the projected caption, and keys and values of the cross-attention layers, by name
             of the group.
+        passes: that have run; the first one makes ``keys``.
     """
 
     key: Any
@@ -36,6 +36,7 @@ class Conditions:
     times: dict[float, int] = field(default_factory=dict)
     made: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    passes: int = 0
 
     @property
     def bytes(self) -> int:
@@ -43,16 +44,15 @@ class Conditions:
         found = [*self.made.values(), *(t for pair in self.keys.values() for t in pair)]
         return sum(t.numel() * t.element_size() for t in found)
 
-    def put(self, state: State, time: float) -> None:
-        """Let the groups of a pass at ``time`` find it."""
-        state.extras["context_keys"] = self.keys
+    def released(self) -> None:
+        """The request is over: nothing of it is of use to another."""
+
+    def at(self, time: float, rows: int) -> dict[str, Tensor]:
+        """What was made for a timestep, ``[rows, ...]`` by name of the group; or nothing."""
         index = self.times.get(time)
-        rows = state.inputs["hidden_states"].shape[0]
-        state.extras["modulations"] = (
-            {}
-            if index is None
-            else {name: t[index * rows : (index + 1) * rows] for name, t in self.made.items()}
-        )
+        if index is None:
+            return {}
+        return {name: t[index * rows : (index + 1) * rows] for name, t in self.made.items()}
 
 
 def identity(family: Family, inputs: dict[str, Any]) -> tuple[Any, list[Tensor]]:

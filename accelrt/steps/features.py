@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,6 +132,25 @@ def weight_rows(
     return tuple(rows)
 
 
+def single_slot(rows: tuple[tuple[float, ...], ...]) -> int | None:
+    """The slot that every row takes as it is, if there is one."""
+    first = rows[0]
+    if any(row != first for row in rows) or sorted(first) != [0.0] * (len(first) - 1) + [1.0]:
+        return None
+    return first.index(1.0)
+
+
+def shapes_of(value: Any) -> Any:
+    """What of the arguments of a call must not change from step to step."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype, value.device
+    if isinstance(value, dict):
+        return tuple((key, shapes_of(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(shapes_of, value))
+    return None
+
+
 @dataclass
 class Store:
     """What one call of a model keeps from step to step.
@@ -148,6 +167,7 @@ class Store:
         head: ``[B, M]`` in front of the left-out stages, at the step before.
         checks: slots of the output of the stage that verifies.
         inputs: shapes of the call that all this is for.
+        reuse: is given the memory when the request is over; ``None`` to free it.
     """
 
     batch: int
@@ -159,6 +179,29 @@ class Store:
     head: Tensor | None = None
     checks: Slots | None = None
     inputs: Any = None
+    reuse: Callable[[Memory], None] | None = None
+
+    def released(self) -> None:
+        """The request is over."""
+        if self.reuse is not None and self.slots:
+            kept = Memory(
+                self.slots, self.shared, self.marks, self.head, self.checks, self.predictor
+            )
+            self.reuse(kept)
+        self.reuse = None
+
+    def take(self, memory: Memory) -> None:
+        """Use the memory of a store for calls of the same form."""
+        self.slots, self.shared, self.marks = memory.slots, memory.shared, memory.marks
+        self.head, self.checks, self.predictor = memory.head, memory.checks, memory.predictor
+
+    @property
+    def addresses(self) -> tuple[Any, ...]:
+        """Where everything is kept."""
+        kept = [s.data for s in self.slots]
+        kept += [] if self.checks is None else [self.checks.data]
+        kept += [] if self.head is None else [self.head]
+        return tuple((t.data_ptr(), t.shape, t.dtype) for t in kept)
 
     @property
     def points(self) -> int:
@@ -171,3 +214,60 @@ class Store:
         slots = [*self.slots, *([] if self.checks is None else [self.checks])]
         head = 0 if self.head is None else self.head.numel() * self.head.element_size()
         return sum(s.bytes for s in slots) + head
+
+
+@dataclass
+class Memory:
+    """Of a store whose request is over: for the next one of the same form.
+
+    Args:
+        slots, shared, marks, head, checks, predictor: of the store.
+    """
+
+    slots: list[Slots]
+    shared: int
+    marks: dict[str, bool]
+    head: Tensor | None
+    checks: Slots | None
+    predictor: Predictor
+
+    @property
+    def is_lasting(self) -> bool:
+        """It may be written to by any later request, also outside of inference mode."""
+        return not any(slots.data.is_inference() for slots in self.slots)
+
+
+class Memories:
+    """Memory of requests that are over, for the next ones: graphs were captured in it.
+
+    Args:
+        most: kept at a time; the oldest goes first.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._waiting: list[tuple[Any, Any, Memory]] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def lend(self, store: Store, key: Any, stages: Any) -> None:
+        """Let a new store have the memory of an earlier one, and leave it to a later one.
+
+        Args:
+            store: of a request that begins.
+            key: tells the forms of stores apart.
+            stages: that fill it; told apart by identity.
+        """
+        for index, (known, of, memory) in enumerate(self._waiting):
+            if known == key and of is stages:
+                del self._waiting[index]
+                store.take(memory)
+                break
+
+        def reuse(memory: Memory) -> None:
+            if memory.is_lasting:
+                self._waiting.append((key, stages, memory))
+                del self._waiting[: -self.most]
+
+        store.reuse = reuse

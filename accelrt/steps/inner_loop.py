@@ -9,7 +9,8 @@ from torch import Tensor
 
 from accelrt.groups import Group, State
 
-from .conditions import Conditions, identity, joined, times_together
+from .conditions import Conditions, identity, joined, rows_of_times, times_together
+from .graphs import Pass
 from .outer_steps import OuterSteps
 from .passage import leave_schedule
 from .session import FEEDBACK, PLAIN, Session, Step
@@ -100,9 +101,55 @@ class InnerLoop:
         family = forward.family
         group = self.group(forward, cut.stages)
         conditions = self._conditions(forward, cut.stages, group, inputs, step, first)
-        state = family.begin(forward.module, inputs)
-        conditions.put(state, step.time)
-        if fed is None:
+        rows = int(inputs[family.input_name].shape[0])
+        given: dict[str, Any] = {
+            "inputs": inputs,
+            "keys": conditions.keys,
+            "now": conditions.at(step.time, rows),
+        }
+        if fed is not None and self.module.conditioning != "t":
+            given["again"] = conditions.at(fed.runs_at, rows)
+            given["timestep"] = rows_of_times([fed.runs_at], rows, inputs["timestep"])
+        moved = fed is not None and fed.runs_at != step.time
+
+        def body(given: dict[str, Any]) -> Tensor:
+            return self._pass(forward, cut, group, given, fed is not None, moved)
+
+        conditions.passes += 1
+        if forward.graphs is None:
+            return body(given)
+        if conditions.passes == 1:
+            forward.graphs.skipped("a request's first pass makes what its conditioning gives")
+            return body(given)
+        kind = PLAIN if fed is None else FEEDBACK
+        what = Pass(kind, moved, given, body, fixed=("keys",), kept=(group,))
+        return forward.graphs.run(forward, cut, what)
+
+    def _pass(
+        self,
+        forward: Forward,
+        cut: Cut,
+        group: Group,
+        given: dict[str, Any],
+        fed: bool,
+        moved: bool,
+    ) -> Tensor:
+        """The output of a pass.
+
+        Args:
+            forward: of the model.
+            cut: of the call.
+            group: the feedback block's.
+            given: ``inputs`` of the model; ``keys`` of its context; ``now``, what was made ahead
+                for its timestep; with feedback at another timestep that, ``timestep`` ``[B]``,
+                and ``again``, what was made ahead for it.
+            fed: with feedback.
+            moved: the feedback is at another timestep than the step.
+        """
+        family = forward.family
+        state = family.begin(forward.module, given["inputs"])
+        state.extras["context_keys"], state.extras["modulations"] = given["keys"], given["now"]
+        if not fed:
             self._stages(forward, cut.stages, state)
             return family.finish(forward.module, state)
         blocks = self._blocks(cut.stages)
@@ -112,9 +159,9 @@ class InnerLoop:
         leave_schedule()
         head = self._stream(state).clone()
         self._stages(forward, cut.stages[begin:end], state)
-        self._again(forward, cut.stages[begin:end], group, state, head, conditions, fed.runs_at)
-        if fed.runs_at != step.time:
-            conditions.put(state, step.time)
+        self._again(forward, cut.stages[begin:end], group, state, head, given)
+        if moved:
+            state.extras["modulations"] = given["now"]
         self._stages(forward, cut.stages[end:], state)
         return family.finish(forward.module, state)
 
@@ -125,15 +172,14 @@ class InnerLoop:
         group: Group,
         state: State,
         head: Tensor,
-        conditions: Conditions,
-        time: float,
+        given: dict[str, Any],
     ) -> None:
         """Run the loop again, from ``head``, with feedback from its output ``state.hidden``."""
         passes = self.module.passes
         kept = state.inputs, state.temb, state.extras.get("modulation")
         if self.module.conditioning != "t":
-            conditions.put(state, time)
-            forward.family.retime(state, time)
+            state.extras["modulations"] = given["again"]
+            forward.family.retime(state, given["timestep"])
         for index in range(passes):
             self._run(forward, group, state)  # in place: the loop's output is not needed again
             feedback = state.take()

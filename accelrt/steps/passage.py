@@ -16,7 +16,7 @@ from .boundary import Place, Region
 from .features import Unit
 
 if TYPE_CHECKING:
-    from accelrt.models.forward import Forward
+    from accelrt.models.forward import Cut, Forward
 
 
 class Passage:
@@ -30,6 +30,7 @@ class Passage:
         batch: its rows.
         rows: which of the part's they are, as a tensor; ``None`` for all.
         numbers: the same as numbers.
+        cut: of the call, where the pass may be a graph.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Passage:
         batch: int,
         rows: Tensor | None = None,
         numbers: tuple[int, ...] | None = None,
+        cut: Cut | None = None,
     ) -> None:
         self.forward = forward
         self.places = places
@@ -49,6 +51,13 @@ class Passage:
         self.batch = batch
         self.rows = rows
         self.numbers = tuple(range(batch)) if numbers is None else numbers
+        self.cut = cut
+
+    def on(self, inputs: dict[str, Any]) -> Passage:
+        """The same with copies of its arguments."""
+        return Passage(
+            self.forward, self.places, self.region, inputs, self.batch, self.rows, self.numbers
+        )
 
     def at(self, region: Region) -> Passage:
         """The same with another region."""

@@ -88,7 +88,13 @@ class Session:
         return None if self.times is None else len(self.times)
 
     def forget(self) -> None:
-        """Let go of what is kept."""
+        """Let go of what is kept. A pass may be using it, in another thread."""
+        self.stores.clear()
+
+    def end(self) -> None:
+        """Let go of what is kept: no pass uses it any more."""
+        for store in self.stores.values():
+            store.released()
         self.stores.clear()
 
 
@@ -261,7 +267,7 @@ class Tracker:
         if arguments.get("eta"):
             self._warn_of_noise(f"{type(scheduler).__name__} with eta {arguments['eta']}")
         if session.steps is not None and (session.offset or 0) + session.done >= session.steps:
-            session.forget()
+            session.end()
 
     def begin(self, scheduler: Any) -> Session | None:
         """A request begins: the scheduler has its timesteps.
@@ -273,7 +279,9 @@ class Tracker:
         if found is None:
             return None
         times = tuple(float(t) for t in (found.tolist() if hasattr(found, "tolist") else found))
-        self._sessions.pop(scheduler, None)
+        before = self._sessions.pop(scheduler, None)
+        if before is not None:
+            before.end()  # also of a request that was broken off
         self._local.current = None
         if not times:
             return None

@@ -14,7 +14,18 @@ from accelrt.groups import State
 from accelrt.groups.skips import Skip, whole
 
 from .boundary import DEFAULT, PUBLISHED, Boundary, Place, Region, begin_of, flat, resolve
-from .features import Slots, Store, Unit, rows_of, shaped, weight_rows
+from .features import (
+    Memories,
+    Slots,
+    Store,
+    Unit,
+    rows_of,
+    shaped,
+    shapes_of,
+    single_slot,
+    weight_rows,
+)
+from .graphs import Pass
 from .passage import Passage, leave_schedule, rows_in, spread
 from .policies import Adaptive, Verified
 from .rehash import Rehash
@@ -25,6 +36,8 @@ if TYPE_CHECKING:
 
 #: Rows of weights, and ways to cut a model, that are kept.
 KEPT_WEIGHTS, KEPT_REGIONS = 512, 16
+#: Requests whose memory waits for the next ones, where there are graphs that work in it.
+KEPT_MEMORIES = 4
 
 
 class Stepper:
@@ -42,6 +55,7 @@ class Stepper:
         self._begins: dict[tuple[str, ...], int] = {}
         self._weights: dict[Any, Tensor] = {}
         self._regions: dict[int, tuple[Any, tuple[Place, ...], Region]] = {}
+        self.memories = Memories(KEPT_MEMORIES)
 
     def check(self, forward: Forward) -> None:
         """Refuse settings that do not fit a model.
@@ -111,15 +125,21 @@ class Stepper:
         """
         batch = int(inputs[forward.family.input_name].shape[0])
         places, region = self._places(forward, cut.stages)
-        run = Passage(forward, places, region, inputs, batch)
+        run = Passage(forward, places, region, inputs, batch, cut=cut)
         key = (step.key, first)
         store = step.session.stores.get(key)
-        shapes = _shapes(inputs)
+        shapes = shapes_of(inputs)
         if store is not None and store.inputs != shapes:
             store = None  # guidance was switched on or off, or the size has changed
         if store is None:
             units = self._units(forward, inputs, batch)
             store = Store(batch, units, self.rehash.predictor, inputs=shapes)
+            device = inputs[forward.family.input_name].device
+            if forward.graphs is not None and forward.graphs.serves(device):
+                stream = forward.graphs.cache.backend.stream(device)
+                form = (step.key, first, region, shapes, stream)
+                self.memories.lend(store, form, cut.stages)
+                step.session.cache_bytes = max(step.session.cache_bytes, store.bytes)
             step.session.stores[key] = store
         return self._decided(run, store, step)
 
@@ -132,8 +152,10 @@ class Stepper:
             return self._all_computed(run, store, step)
         if fixed is False:
             self._note(step, [PREDICTED] * len(units))
-            return self._predicted(run, store, step, units, None)
+            return self._all_predicted(run, store, step)
         assert isinstance(policy, Adaptive)
+        if run.forward.graphs is not None:
+            run.forward.graphs.skipped("the policy decides for each sample, from its features")
         state = run.head()
         wanted = [unit.consecutive < policy.max_consecutive for unit in units]
         if policy.watches:
@@ -194,7 +216,7 @@ class Stepper:
         policy = self.rehash.policy
         if not isinstance(policy, Verified):
             return self._predicted(run, store, step, units, state), [False] * len(units)
-        self._supply(run, store, step, units, state)
+        self._supply(run, store, state, *self._from_slots(run, store, step, units))
         run.stages(state, run.region.end, run.region.check)
         assert store.checks is not None
         assert state.hidden is not None
@@ -231,7 +253,62 @@ class Stepper:
 
     def _all_computed(self, run: Passage, store: Store, step: Step) -> Tensor:
         self._note(step, [COMPUTED] * len(store.units))
-        return self._computed(run, store, step, store.units, None)
+        graphs, cut = run.forward.graphs, run.cut
+        if graphs is None or cut is None:
+            return self._computed(run, store, step, store.units, None)
+        time = self._time(step)
+        slots = {unit.slot(time, store.points) for unit in store.units}
+        reason = self._unready(run, store)
+        if not reason and len(slots) > 1:
+            reason = "samples keep their features in different slots"
+        if reason:
+            graphs.skipped(reason)
+            return self._computed(run, store, step, store.units, None)
+
+        def body(given: dict[str, Any]) -> Tensor:
+            return self._computed(run.on(given["inputs"]), store, step, store.units, None)
+
+        def replayed() -> None:
+            for unit in store.units:
+                unit.keep(time, unit.slot(time, store.points))
+
+        key = (tuple(slots), store.addresses, run.region)
+        return graphs.run(
+            run.forward, cut, Pass(COMPUTED, key, {"inputs": run.inputs}, body, replayed)
+        )
+
+    def _unready(self, run: Passage, store: Store) -> str:
+        """Why a pass cannot be captured now; empty if it can."""
+        policy = self.rehash.policy
+        if self.recorder is not None:
+            return "a calibration records features"
+        made = bool(store.slots) and run.region.begin is not None
+        made = made and not (policy.watches and store.head is None)
+        if not made or (policy.verifies and store.checks is None):
+            return "the first pass of a form makes the memory of its features"
+        return ""
+
+    def _all_predicted(self, run: Passage, store: Store, step: Step) -> Tensor:
+        """A step at which every sample is predicted, unchecked."""
+        units = store.units
+        graphs, cut = run.forward.graphs, run.cut
+        if graphs is None or cut is None:
+            return self._predicted(run, store, step, units, None)
+        reason = self._unready(run, store)
+        if reason:
+            graphs.skipped(reason)
+            return self._predicted(run, store, step, units, None)
+        alone, weights = self._from_slots(run, store, step, units)
+
+        def body(given: dict[str, Any]) -> Tensor:
+            again = run.on(given["inputs"])
+            state = again.head()
+            self._supply(again, store, state, alone, given["weights"])
+            return again.finish(state, again.region.end)
+
+        key = (alone, store.addresses, run.region)
+        given = {"inputs": run.inputs, "weights": weights}
+        return graphs.run(run.forward, cut, Pass(PREDICTED, key, given, body))
 
     def _computed(
         self, run: Passage, store: Store, step: Step, units: list[Unit], state: State | None
@@ -409,36 +486,44 @@ class Stepper:
         """Run what is not left out, on predicted features, for some units."""
         if state is None:
             state = run.head()
-        self._supply(run, store, step, units, state)
+        self._supply(run, store, state, *self._from_slots(run, store, step, units))
         return run.finish(state, run.region.end)
 
+    def _from_slots(
+        self, run: Passage, store: Store, step: Step, units: list[Unit]
+    ) -> tuple[int | None, Tensor | None]:
+        """The slot whose features are taken as they are; or the weights ``[B, points]`` of all."""
+        weights = self._weights_of(store, step, units)
+        # The output is the caller's, and must not change with the cache.
+        whole = run.region.end == len(run.places)
+        if not (whole or run.rows is not None or self._is_residual(run)):
+            alone = single_slot(weights)
+            if alone is not None:
+                return alone, None
+        return None, self._on_device(weights, store.slots[0].data.device)
+
     def _supply(
-        self, run: Passage, store: Store, step: Step, units: list[Unit], state: State
+        self, run: Passage, store: Store, state: State, alone: int | None, weights: Tensor | None
     ) -> None:
         """Put predicted features where the left-out stages would have put theirs."""
         leave_schedule()
-        device = store.slots[0].data.device
         base = None
         if self._is_residual(run):
             assert state.hidden is not None
             base = state.hidden
             base = rows_of(base if state.writable(base) else base.clone(), run.batch).contiguous()
         state.hidden = None
-        weights = self._weights_of(store, step, units)
-        alone = _single(weights) if base is None and run.rows is None else None
-        if run.region.end == len(run.places):
-            alone = None  # the output is the caller's, and must not change with the cache
         found: list[Tensor] = []
         for index, slots in enumerate(store.slots):
             if alone is not None:
                 tensor = slots.alone(alone)
                 state.hold(tensor)
             else:
-                on = self._on_device(weights, device)
+                assert weights is not None
                 if base is not None and index == 0 and run.rows is None:
-                    tensor = slots.sum(on, base)
+                    tensor = slots.sum(weights, base)
                 else:
-                    tensor = slots.sum(on)
+                    tensor = slots.sum(weights)
                     if run.rows is not None:
                         rows = rows_of(tensor, store.batch).index_select(0, run.rows)
                         if base is not None and index == 0:
@@ -538,24 +623,5 @@ def attach(forward: Forward, tracker: Tracker) -> None:
     forward.stepper = stepper
 
 
-def _single(rows: tuple[tuple[float, ...], ...]) -> int | None:
-    """The slot that every row takes as it is, if there is one."""
-    first = rows[0]
-    if any(row != first for row in rows) or sorted(first) != [0.0] * (len(first) - 1) + [1.0]:
-        return None
-    return first.index(1.0)
-
-
 def _kept(step: Step) -> int:
     return sum(store.bytes for store in step.session.stores.values())
-
-
-def _shapes(value: Any) -> Any:
-    """What of the arguments of a call must not change from step to step."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype, value.device
-    if isinstance(value, dict):
-        return tuple((key, _shapes(item)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_shapes, value))
-    return None
