@@ -9,6 +9,7 @@
 #                        (about two hours on two cores; ARGS="--model dit" for one of them)
 #   make lint    ruff, mypy, clang-format
 #   make docs    the site, in build/site
+#   make package    sdist and wheel, in build/package/dist, installed into a new environment and used
 #
 # Variables: PYTHON, VENV, TORCH (the torch requirement), ACCELRT_CUDA (auto, 0, 1),
 # ACCELRT_CUDA_ARCHS, ACCELRT_RUNTIME_CUDA (1, 0), WORKERS (test processes), ARGS (passed on to
@@ -32,7 +33,7 @@ SOURCES := $(shell find csrc bindings -type f) CMakeLists.txt setup.py pyproject
 FORMATTED := $(shell find csrc bindings tests/cpp examples/embed_cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built-cuda-$(ACCELRT_CUDA)
 
-.PHONY: all setup demo test bench bench-levels bench-blocks bench-models lint format docs clean
+.PHONY: all setup demo test bench bench-levels bench-blocks bench-models lint format docs package clean
 
 all: setup
 
@@ -98,6 +99,13 @@ $(VENV)/.docs: $(VENV)/.torch pyproject.toml
 # Reads the sources; nothing is built or imported.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.package: $(VENV)/.dependencies pyproject.toml
+	$(PIP) install -q --group package
+	touch $@
+
+package: $(VENV)/.package
+	.ci/package $(BIN)/python "$(TORCH)"
 
 clean:
 	rm -rf build dist *.egg-info accelrt/*.so $(VENV)/.built-cuda-*

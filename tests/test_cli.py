@@ -223,7 +223,9 @@ def test_user_errors_end_with_one_line(tmp_path: Path) -> None:
         assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
     result = run("--debug", "demo", "--model", str(empty))
-    assert isinstance(result.exception, FileNotFoundError)
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert "FileNotFoundError" in result.stderr
 
 
 def test_unsupported_pipeline(tmp_path: Path) -> None:

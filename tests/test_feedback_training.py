@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,14 +21,14 @@ import zoo_pixart
 from accelerate.state import AcceleratorState
 from diffusers import DiTPipeline
 from model_zoo import one_thread  # noqa: F401
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_common import REFERENCE, latents, settings, training_of
 from typer.testing import CliRunner
 
 import accelrt
 from accelrt.cli import app, errors
 from accelrt.feedback import FeedbackModule
-from accelrt.feedback.training import DistillConfig, api, distill
+from accelrt.feedback.training import DistillConfig, api, distill, tree
 from accelrt.feedback.training.state import Checkpoints
 from accelrt.feedback.training.validation import Validator
 
@@ -194,12 +195,39 @@ def test_resuming_in_another_rhythm(tmp_path: Path) -> None:
     assert again.validation == resumed.validation
 
 
+def test_states_go_round(tmp_path: Path) -> None:
+    """Trees as optimizers have them, as data only."""
+    shared = torch.arange(4.0)
+    state = {
+        "state": {0: {"step": torch.tensor(3.0), "average": shared}, 1: {"average": shared}},
+        "param_groups": [{"betas": (0.9, 0.999), "params": [0, 1], "foreach": None}],
+        "losses": [{"loss": 0.1}, {"loss": float("inf")}],
+        "bfloat16": torch.ones(2, 3, dtype=torch.bfloat16).t(),
+    }
+    tree.save(tmp_path / "state", state)
+    found = tree.load(tmp_path / "state")
+    assert found["param_groups"] == state["param_groups"]
+    assert found["losses"] == state["losses"]
+    assert found["state"][0]["step"].shape == ()
+    assert torch.equal(found["state"][1]["average"], shared)
+    assert torch.equal(found["bfloat16"], state["bfloat16"])
+    assert found["bfloat16"].dtype == torch.bfloat16
+    for value in ({"a": object()}, {"a": {(1, 2): 3}}):
+        with pytest.raises(TypeError):
+            tree.save(tmp_path / "other", value)
+    save_file({"a": shared}, tmp_path / "weights")
+    (tmp_path / "pickle").write_bytes(pickle.dumps(state))
+    for name in ("weights", "pickle"):
+        with pytest.raises(ValueError, match="no state of a training"):
+            tree.load(tmp_path / name)
+
+
 def test_checkpoints_are_two_and_whole(tmp_path: Path) -> None:
     train(tmp_path, settings(steps=5, checkpoint_every=1))
     files = sorted(each.name for each in (tmp_path / "checkpoints").iterdir())
-    assert files == ["checkpoint-00000004.pt", "checkpoint-00000005.pt"]
+    assert files == [f"checkpoint-0000000{step}.safetensors" for step in (4, 5)]
     (tmp_path / "checkpoints" / files[-1]).write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match=r"checkpoint-00000005\.pt is no checkpoint"):
+    with pytest.raises(ValueError, match=r"checkpoint-00000005.safetensors is no checkpoint"):
         train(tmp_path, settings(steps=5, checkpoint_every=1))
 
 
@@ -359,6 +387,7 @@ def test_what_cannot_be_trained_for(tmp_path: Path) -> None:
 
 TWO = """
 import os
+import pickle
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import model_zoo as zoo
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +23,7 @@ from accelrt.memory import arena
 from accelrt.profiling import Profile, spans
 from accelrt.profiling.analysis import innermost
 from accelrt.profiling.spans import COMPONENT, PART, STEP, Recorder
+from accelrt.profiling.tables import cells
 from accelrt.wrap import forwards
 
 
@@ -131,6 +134,21 @@ def test_trace(reference: Profile, tmp_path: Path) -> None:
     assert {"live tensors, MiB", "slice", "process, MiB"} <= counters
     with pytest.raises(ValueError, match=r"\.json"):
         reference.save(tmp_path / "trace.txt")
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_names_and_numbers_are_whole_in_any_width(reference: Profile, width: int) -> None:
+    table = reference.table("group", 5)
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table)
+    text = console.export_text()
+    for row in reference.rows("group")[:5]:
+        assert row.name[:30] in text
+        _, total, share, *_ = cells(reference, row)
+        assert total in text
+        assert (share in text) == (width == 200)
+    assert ("Not shown in this width: self s, calls" in text) == (width == 80)
+    assert len(table.columns) == 10
 
 
 def test_totals_are_consistent(reference: Profile) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,6 +20,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import accelrt
+from accelrt.benchmarking import gpu_use
+from accelrt.benchmarking import tables as bench_tables
 from accelrt.cli import app
 from accelrt.profiling import ceilings, nvtx, ops, sampler
 from accelrt.profiling.analysis import Analysis, Row
@@ -25,6 +29,8 @@ from accelrt.profiling.ceilings import Ceilings
 from accelrt.profiling.cost import cost_of
 from accelrt.profiling.spans import Span
 from accelrt.profiling.tables import sentences
+from accelrt.quality.compare import _Runner
+from accelrt.reporting.tables import gpu_text
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -247,6 +253,62 @@ def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     prof = accelrt.profile(nn.Linear(2, 2))
     prof.samples, prof.images = found, 4
     assert prof.joules_per_image == 0.75
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver with one device, which takes 3 J in whatever is watched."""
+    monkeypatch.setitem(sys.modules, "pynvml", driver())
+    monkeypatch.setattr(sampler, "_handle", lambda pynvml, device: object())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(gpu_use, "synchronise", lambda device: None)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_bench_asks_the_driver() -> None:
+    calls: list[str] = []
+    forms = {name: functools.partial(calls.append, name) for name in ("stock", "accelrt")}
+    found = gpu_use.gpu_use(forms, "cuda", seconds=0.01)
+    assert (found.note, found.device) == ("", "H200")
+    assert [form.run for form in found.forms] == ["stock", "accelrt"]
+    for form in found.forms:
+        assert form.forwards == calls.count(form.run) > 0
+        assert form.seconds >= 0.01
+        assert form.use == sampler.Use(3.0 / form.forwards, 350.0, None, 5 << 20)
+    sentence = bench_tables._gpu(found)
+    assert sentence.startswith("H200, by its driver: stock ")
+    assert "J per forward, 350 W, 5.0 MiB in use; accelrt " in sentence
+    assert "MHz" not in sentence
+
+    def fails() -> None:
+        raise RuntimeError("broken")
+
+    threads = threading.active_count()
+    with pytest.raises(RuntimeError, match="broken"):
+        gpu_use.gpu_use({"stock": fails}, "cuda")
+    assert threading.active_count() == threads
+    calls.clear()
+    assert "the pipeline runs on the CPU" in gpu_use.gpu_use(forms, "cpu").note
+    assert calls == []
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_comparison_knows_the_energy_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = {"class_labels": [3, 77, 5], "num_inference_steps": 2}
+    pipe = zoo.dit_pipeline()
+    on_cpu = accelrt.quality.compare(pipe, call, repeats=1)
+    assert "runs on the CPU" in on_cpu.gpu_note
+    assert on_cpu.to_dict()["stock"]["gpu"]["joules_per_image"] is None
+    assert gpu_text(on_cpu) == ""
+    monkeypatch.setattr(_Runner, "_sampler", lambda self: sampler.Sampler(0))
+    found = accelrt.quality.compare(pipe, call, repeats=1)
+    assert found.gpu_note == found.to_dict()["gpu_note"] == ""
+    for side in (found.stock, found.accelrt):
+        assert side.gpu == sampler.Use(1.0, 350.0, None, 5 << 20)
+    assert found.to_dict()["accelrt"]["gpu"]["joules_per_image"] == 1.0
+    assert gpu_text(found) == (
+        "stock 1 J per image, 350 W, 5.0 MiB in use; accelrt 1 J per image, 350 W, 5.0 MiB in use."
+    )
 
 
 def test_without_a_driver_a_profile_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

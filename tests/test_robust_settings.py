@@ -367,11 +367,11 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
                 continue
             name = ast.unparse(node.func)
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            loads = name.startswith(("pickle.load", "pickle.Unpickler", "marshal.", "shelve.",
-                                     "joblib.", "cloudpickle.", "dill."))  # fmt: skip
+            loads = name.startswith(("pickle.load", "pickle.dump", "pickle.Unpickler", "marshal.",
+                                     "shelve.", "joblib.", "cloudpickle.", "dill."))  # fmt: skip
             loads |= name in ("eval", "exec", "compile", "__import__", "yaml.load",
                               "yaml.full_load", "yaml.unsafe_load")  # fmt: skip
-            loads |= name == "torch.load" and options.get("weights_only") != "True"
+            loads |= name in ("torch.load", "torch.save")  # pickles, if restricted ones
             loads |= name.endswith("np.load") and options.get("allow_pickle", "False") != "False"
             loads |= options.get("trust_remote_code", "False") != "False"
             if loads:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import accelrt
 from accelrt.benchmarking.flops import count_flops
+from accelrt.benchmarking.gpu_use import gpu_use
 from accelrt.benchmarking.models import SIZES, Inputs, ModelCase, Run, Switches
 from accelrt.benchmarking.process import GpuWatch, release_memory
 from accelrt.benchmarking.progress import Phases, Progress
@@ -137,6 +138,8 @@ def measure(
     summary = accelrt.summary(forms[WRAPPED].model)
     with phases("time"):
         rates = _rates(forms, seconds, flops, settings, progress)
+    with phases("what the driver says of the GPU"):
+        use = gpu_use(forms, settings.device)
     del model, forms, form
     release_memory()
     other = None
@@ -158,6 +161,7 @@ def measure(
         rates=rates,
         tuned=other,
         quality=tuple(quality),
+        gpu=use,
         switches={_run_name(switches): switches.text for switches in case.switches},
         config=settings.config.to_dict(),
         groups=summary.counts(),

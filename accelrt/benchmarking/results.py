@@ -8,6 +8,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from accelrt.benchmarking.gpu_use import GpuUse
+
 STOCK, WRAPPED = "stock", "accelrt"
 SLACK, TINY = 1.1, 1e-6
 
@@ -92,6 +94,7 @@ class Measurement:
         rates: with the process's usual memory allocation.
         tuned: in a process whose malloc keeps freed memory; ``None`` if not measured.
         quality: memory and error per form, in the order of ``rates.times``.
+        gpu: what its driver said while every form ran; a note where there is none.
         switches: what is switched on, per form of the stock model.
         config: settings of the wrap.
         groups: number of operator groups per status.
@@ -115,6 +118,7 @@ class Measurement:
     rates: Rates
     tuned: Rates | None
     quality: tuple[Quality, ...]
+    gpu: GpuUse
     switches: dict[str, str]
     config: dict[str, Any]
     groups: dict[str, int]

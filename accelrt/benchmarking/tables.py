@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from accelrt.benchmarking.gpu_use import FormUse, GpuUse
 from accelrt.benchmarking.results import Measurement, Quality, Times
 from accelrt.memory.sizes import bytes_text
-from accelrt.reporting.tables import error_text, seconds_text, share_text
+from accelrt.reporting.tables import error_text, seconds_text, share_text, use_text
 
 TUNED = "[tuned malloc]"
 COLUMNS = ("run", "seconds", "speed-up", "MFU", "peak", "process", "rel. L2")
@@ -75,9 +76,21 @@ def sentences(result: Measurement) -> list[str]:
         f"Error against {result.truth}: {ours:.3e} {relation} {result.bound:.3e} "
         f"(1.1 * stock + 1e-6). Groups: {counts}.",
     ]
+    lines.append(_gpu(result.gpu))
     if result.stock_reason:
         lines.append(f"The wrapped model ran the stock forward: {result.stock_reason}.")
     return lines
+
+
+def _gpu(use: GpuUse) -> str:
+    """What the driver said of each form."""
+    if use.note:
+        return f"By the driver: {use.note}."
+    return f"{use.device}, by its driver: " + "; ".join(map(_form_use, use.forms)) + "."
+
+
+def _form_use(form: FormUse) -> str:
+    return f"{form.run} {use_text(form.use, 'forward')}"
 
 
 def _timing(result: Measurement) -> str:

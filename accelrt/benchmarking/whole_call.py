@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import accelrt
+from accelrt.config import Config
 from accelrt.memory.sizes import parse_budget
 from accelrt.memory.tracker import weight_bytes
 
@@ -74,7 +75,9 @@ def on_meta_pipeline(case: PipelineCase, dtype: torch.dtype) -> Any:
     return case.build(lambda make: on_meta(make, dtype))
 
 
-def measure_here(name: str, size: str, dtype: str, budget: str, seed: int) -> WholeCall:
+def measure_here(
+    name: str, size: str, dtype: str, budget: str, seed: int, config: Config
+) -> WholeCall:
     """Build the pipeline, call it once under its budget, and measure this process.
 
     Args:
@@ -83,6 +86,7 @@ def measure_here(name: str, size: str, dtype: str, budget: str, seed: int) -> Wh
         dtype: of weights and activations.
         budget: as :func:`accelrt.wrap` takes it.
         seed: of the weights.
+        config: the other settings of the wrap.
 
     Raises:
         BudgetError: no exact plan keeps the budget.
@@ -99,10 +103,10 @@ def measure_here(name: str, size: str, dtype: str, budget: str, seed: int) -> Wh
         begin = time.perf_counter()
         plan = accelrt.plan(
             pipe, height=case.height, width=case.width, num_frames=case.frames,
-            memory_budget=budget,
+            memory_budget=budget, config=config,
         )  # fmt: skip
         planning = time.perf_counter() - begin
-        accelrt.wrap(pipe, memory_budget=budget)
+        accelrt.wrap(pipe, config=config, memory_budget=budget)
         begin = time.perf_counter()
         frames = case.call(pipe)
         seconds = time.perf_counter() - begin
@@ -147,14 +151,19 @@ def _warm(name: str, kind: torch.dtype) -> None:
         case.call(pipe)
 
 
-def measure_apart(name: str, size: str, dtype: str, budget: str, seed: int) -> dict[str, Any]:
+def measure_apart(
+    name: str, size: str, dtype: str, budget: str, seed: int, config: Config
+) -> dict[str, Any]:
     """:func:`measure_here` in a new process.
 
     Raises:
-        ValueError: the budget cannot be met.
+        ValueError: the budget cannot be met, or is none.
         RuntimeError: the process failed; with its last words.
     """
-    request = {"name": name, "size": size, "dtype": dtype, "budget": budget, "seed": seed}
+    request = {
+        "name": name, "size": size, "dtype": dtype, "budget": budget, "seed": seed,
+        "config": config.to_dict(),
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "accelrt.benchmarking.whole_call"],
         input=json.dumps({**request, "threads": torch.get_num_threads()}),
@@ -176,8 +185,9 @@ def main() -> None:
     torch.set_num_threads(request.pop("threads"))
     out, sys.stdout = sys.stdout, sys.stderr  # libraries may print; the line is ours
     try:
-        answer = measure_here(**request).to_dict()
-    except accelrt.BudgetError as error:
+        config = Config.from_dict(request.pop("config"))
+        answer = measure_here(**request, config=config).to_dict()
+    except ValueError as error:  # a BudgetError, or what is no budget
         answer = {"error": str(error)}
     print(json.dumps(answer), file=out, flush=True)
 

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from accelrt.benchmarking.progress import Progress
+from accelrt.cli.common import check_file, print_json
 from accelrt.cli.demo import Device, Dtype
 from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
 from accelrt.config import Config
@@ -114,7 +115,10 @@ def bench(
     ] = False,
     budget: Annotated[
         str | None,
-        typer.Option(help="With --memory: 4GiB, min, ...; default: 3.5GiB, and 8.5GiB for svd."),
+        typer.Option(
+            help="With --memory: 4GiB, min, ...; default: that of --config, or 3.5GiB, and 8.5GiB "
+            "for svd."
+        ),
     ] = None,
 ) -> None:
     """Measure published models with random weights: one forward, stock against accelrt.
@@ -137,7 +141,8 @@ def bench(
         from accelrt.cli.bench_memory import bench_memory
 
         names = [m.value for m in dict.fromkeys(model)]
-        bench_memory(names, size.value, dtype.value, budget, seed, out, as_json)
+        given = Config() if config is None else Config.from_file(config)
+        bench_memory(names, size.value, dtype.value, budget, seed, given, out, as_json)
         return
     if budget is not None:
         raise ValueError("--budget goes with --memory")
@@ -166,7 +171,7 @@ def bench(
         if target is not None:  # after each model: a long run may be interrupted
             _write(target, document, results)
     if as_json:
-        typer.echo(json.dumps(document, indent=1))
+        print_json(document)
     else:
         _show(results, target, Console())
     if not all(result.within for result in results):
@@ -240,8 +245,7 @@ def _target(out: Path | None, device: str) -> Path | None:
         return None
     if out.is_dir():
         return out / f"models-{device}.json"
-    if out.suffix != ".json":
-        raise ValueError(f"--out is {out}; allowed: a .json file, or an existing folder")
+    check_file(out, (".json",))
     out.parent.mkdir(parents=True, exist_ok=True)
     return out
 

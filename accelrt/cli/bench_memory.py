@@ -11,7 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from accelrt.cli.common import check_file, print_json
 from accelrt.cli.errors import EXIT_NEGATIVE
+from accelrt.config import Config
 from accelrt.files import write_text
 
 COLUMNS = ("pipeline", "budget", "planned", "process", "weights", "seconds", "kept")
@@ -23,6 +25,7 @@ def bench_memory(
     dtype: str,
     budget: str | None,
     seed: int,
+    config: Config,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -32,8 +35,9 @@ def bench_memory(
         names: of pipelines; those of models that are no pipelines are refused.
         size: ``"full"`` or ``"tiny"``.
         dtype: of weights and activations.
-        budget: for all of them; ``None`` for the published one of each.
+        budget: for all of them; ``None`` for that of ``config``, or the published one of each.
         seed: of the weights.
+        config: the other settings of the wrap, and the budget if ``budget`` is ``None``.
         out: a JSON file, or a folder for ``memory-whole-calls.json``.
         as_json: print JSON in place of the table.
 
@@ -42,6 +46,7 @@ def bench_memory(
     """
     from accelrt.benchmarking.pipelines import PIPELINES
     from accelrt.benchmarking.whole_call import measure_apart
+    from accelrt.memory.sizes import parse_budget
     from accelrt.reporting.environment import inspect_environment
 
     chosen = list(PIPELINES) if "all" in names else names
@@ -50,21 +55,25 @@ def bench_memory(
         raise ValueError(f"--memory goes with --model {', '.join(PIPELINES)}; got {unknown[0]}")
     target = out / "memory-whole-calls.json" if out is not None and out.is_dir() else out
     if target is not None:
-        if target.suffix != ".json":
-            raise ValueError(f"--out is {out}; allowed: a .json file, or an existing folder")
+        check_file(target, (".json",))
         target.parent.mkdir(parents=True, exist_ok=True)
     environment = inspect_environment().to_dict()
+    asked_for = budget or config.memory_budget
+    if asked_for is not None:
+        parse_budget(asked_for)
+    if isinstance(asked_for, int):
+        asked_for = f"{asked_for}B"
     results: list[dict[str, Any]] = []
+    document = {"environment": environment, "size": size, "calls": results}
     console = Console(stderr=True)
     for name in chosen:
-        asked = budget or PIPELINES[name](size).budget
+        asked = asked_for or PIPELINES[name](size).budget
         with console.status(f"{name}: a whole call within {asked}"):
-            results.append(measure_apart(name, size, dtype, asked, seed))
+            results.append(measure_apart(name, size, dtype, asked, seed, config))
         if target is not None:  # after each: a long run may be interrupted
-            document = {"environment": environment, "size": size, "calls": results}
             write_text(target, json.dumps(document, indent=1) + "\n")
     if as_json:
-        typer.echo(json.dumps(results, indent=1))
+        print_json(document)
     else:
         _show(results, size, Console())
     if not all(result["kept"] for result in results):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from accelrt.cli.common import bars, prepared
+from accelrt.cli.common import bars, check_folder, prepared, print_json, words
 from accelrt.cli.compare import loader_of
 from accelrt.cli.demo import Device, Dtype
 from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
@@ -31,7 +30,8 @@ def calibrate(
     model: Annotated[
         str,
         typer.Option(
-            metavar="PATH_OR_HUB_ID",
+            metavar="NAME_OR_PATH_OR_HUB_ID",
+            autocompletion=words("animatediff", "svd", "dit", "pixart"),
             help="A pipeline, or one of the reference models: animatediff, svd, dit, pixart.",
         ),
     ],
@@ -101,8 +101,7 @@ def calibrate(
         raise ValueError(f"--gamma is {gamma}; allowed: a number from -1 to 1")
     if computed is not None and computed > steps:
         raise ValueError(f"--computed is {computed}; allowed: from 2 to --steps, {steps}")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out is {out}, a file; allowed: a folder")
+    check_folder(out)
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("the pictures need matplotlib: pip install matplotlib")
     settings, _ = prepared(config, threads)
@@ -114,6 +113,7 @@ def calibrate(
             progress.update(task, completed=done, total=total, description=what)
 
         scenario = load()
+        out.mkdir(parents=True, exist_ok=True)
         progress.update(task, model=scenario.title)
         common: dict[str, Any] = {
             "runs": runs, "seed": seed, "config": settings, "on_progress": on_progress,
@@ -125,7 +125,7 @@ def calibrate(
             made = _searched(scenario, boundary, psnr, speedup, seeds, max_runs, common)
     written = _write(made, out)
     if as_json:
-        typer.echo(json.dumps(made.to_dict(written), indent=2))
+        print_json(made.to_dict(written))
     else:
         _show(scenario, made, written, Console())
     if not made.result.reached:
@@ -217,7 +217,6 @@ def _searched(
 
 
 def _write(made: _Made, out: Path) -> list[Path]:
-    out.mkdir(parents=True, exist_ok=True)
     names = [SCHEDULE, CALIBRATION, SIMILARITY]
     made.rehash.save(out / SCHEDULE, about=made.about())
     made.calibration.save(out / CALIBRATION)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import shlex
 import statistics
@@ -21,7 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from accelrt.cli.common import bars, prepared
+from accelrt.cli.common import bars, check_folder, prepared, print_json, words
 from accelrt.cli.demo import Device, Dtype
 from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
 
@@ -41,7 +40,8 @@ def compare(
     model: Annotated[
         str,
         typer.Option(
-            metavar="PATH_OR_HUB_ID",
+            metavar="NAME_OR_PATH_OR_HUB_ID",
+            autocompletion=words("animatediff", "svd", "dit", "pixart"),
             help="A pipeline, or one of the reference models: animatediff, svd, dit, pixart.",
         ),
     ],
@@ -49,6 +49,7 @@ def compare(
         str | None,
         typer.Option(
             metavar="FILE|auto",
+            autocompletion=words("auto"),
             help="Leave stages out at some steps: the file of a schedule, or auto; default: "
             "every step is computed.",
         ),
@@ -102,6 +103,8 @@ def compare(
     """
     if min_psnr is not None and not 0 < min_psnr < math.inf:
         raise ValueError(f"--min-psnr is {min_psnr}; allowed: a number of dB above 0")
+    if out is not None:
+        check_folder(out)
     settings, environment = prepared(config, threads)
     cut = _cut(rehash, feedback)
     count = steps or cut.steps or DEFAULT_STEPS
@@ -114,7 +117,7 @@ def compare(
             frames, out, dtype, device, threads,
         )  # fmt: skip
         values = {"command": words, **found.to_dict(min_psnr), "environment": environment.to_dict()}
-        typer.echo(json.dumps(values, indent=2))
+        print_json(values)
     else:
         _show(found, Console())
     failures = found.failures(min_psnr)
@@ -354,6 +357,7 @@ def _show(found: Findings, console: Console) -> None:
     from accelrt.reporting.tables import (
         decibel_text,
         error_text,
+        gpu_text,
         groups_text,
         seconds_text,
         share_text,
@@ -388,6 +392,8 @@ def _show(found: Findings, console: Console) -> None:
         )
     result = found.comparisons[0]
     console.print(f"{result.pipeline}: {groups_text(result)}", highlight=False)
+    if gpu_text(result):
+        console.print(escape(gpu_text(result)), highlight=False, soft_wrap=True)
     for path in found.pictures:
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from accelrt.cli.common import bars, prepared
+from accelrt.cli.common import bars, check_folder, prepared, print_json, words
 from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
 
 if TYPE_CHECKING:
@@ -48,7 +47,12 @@ class Device(str, enum.Enum):
 def demo(
     model: Annotated[
         str | None,
-        typer.Option(metavar="PATH_OR_HUB_ID", help="A pipeline to run instead of all."),
+        typer.Option(
+            metavar="NAME_OR_PATH_OR_HUB_ID",
+            autocompletion=words("animatediff", "svd", "dit", "pixart"),
+            help="A pipeline to run instead of all, or one of the reference models: animatediff, "
+            "svd, dit, pixart.",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of pictures and report.")] = Path("demo_out"),
     seed: Annotated[int, typer.Option(help="Seed of every run.")] = 0,
@@ -85,6 +89,7 @@ def demo(
 
     if model is None and not (prompt is None and frames is None and image is None):
         raise ValueError("--prompt, --frames and --image go with --model")
+    check_folder(out)
     settings, environment = prepared(config, threads)
     loaders = _loaders(model, dtype.value, device.value, steps, prompt, frames, image)
     with bars() as progress:
@@ -99,7 +104,7 @@ def demo(
     page = out / "report.html"
     write_page(page, exhibits, environment, command)
     if as_json:
-        typer.echo(json.dumps(_as_dict(exhibits, page, command, environment), indent=2))
+        print_json(_as_dict(exhibits, page, command, environment))
     else:
         _show(exhibits, page, Console())
     if not all(exhibit.comparison.restored for exhibit in exhibits):
@@ -117,11 +122,11 @@ def _loaders(
 ) -> list[Callable[[], Scenario]]:
     """What to load, one pipeline at a time; missing models are reported before any work."""
     from accelrt.cli import scenarios
+    from accelrt.cli.compare import loader_of
 
-    where = scenarios.choose_device(device)
     if model is not None:
-        arguments = (model, dtype, where, steps, prompt, frames, image)
-        return [lambda: scenarios.custom_scenario(*arguments)]
+        return [loader_of(model, dtype, device, steps, prompt, frames, image)]
+    where = scenarios.choose_device(device)
     folder = scenarios.reference_folder()
 
     def loader(name: str) -> Callable[[], Scenario]:
@@ -179,7 +184,13 @@ def _run(
 
 def _show(exhibits: Sequence[Exhibit], page: Path, console: Console) -> None:
     """The table, and what was written."""
-    from accelrt.reporting.tables import COLUMNS, groups_text, restored_text, table_rows
+    from accelrt.reporting.tables import (
+        COLUMNS,
+        gpu_text,
+        groups_text,
+        restored_text,
+        table_rows,
+    )
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for i, column in enumerate(COLUMNS):
@@ -193,6 +204,8 @@ def _show(exhibits: Sequence[Exhibit], page: Path, console: Console) -> None:
         result = exhibit.comparison
         name = result.pipeline
         console.print(f"{name}: {groups_text(result)}. {restored_text(result)}", highlight=False)
+        if gpu_text(result):
+            console.print(f"{name}: {escape(gpu_text(result))}", highlight=False, soft_wrap=True)
     for path in (*(exhibit.picture for exhibit in exhibits), page):
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
 

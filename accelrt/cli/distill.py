@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from accelrt.cli.common import prepared
+from accelrt.cli.common import check_folder, prepared, print_json, words
 from accelrt.cli.demo import Device, Dtype
 from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
 
@@ -47,7 +46,8 @@ def distill(
     model: Annotated[
         str,
         typer.Option(
-            metavar="PATH_OR_HUB_ID",
+            metavar="NAME_OR_PATH_OR_HUB_ID",
+            autocompletion=words("dit", "pixart"),
             help="A DiT or PixArt pipeline, or one of the reference models: dit, pixart.",
         ),
     ],
@@ -117,8 +117,7 @@ def distill(
     settings = _settings(config, given, prompts)
     if data is not None and not data.exists():
         raise FileNotFoundError(f"--data is {data}; there is no such file or folder")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out is {out}, a file; allowed: a folder")
+    check_folder(out)
     if device is Device.cuda:
         import torch
 
@@ -135,7 +134,7 @@ def distill(
     result = train(pipe, settings, out, data, cpu=device is Device.cpu)
     if _main_process():
         if as_json:
-            typer.echo(json.dumps(result.to_dict(), indent=2))
+            print_json(result.to_dict())
         else:
             _show(result, Console())
         if not result.improved:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from accelrt.cli.common import print_json
 from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
 from accelrt.reporting.environment import Environment, cuda_path, inspect_environment
 
@@ -21,7 +21,7 @@ def doctor(
     """Say what this build has, what this machine can run, and what is missing."""
     environment = inspect_environment()
     if as_json:
-        typer.echo(json.dumps(environment.to_dict(), indent=2))
+        print_json(environment.to_dict())
     else:
         show(environment, Console())
     if not environment.usable:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from accelrt.cli.common import check_file, print_json, words
 from accelrt.cli.demo import Dtype
 from accelrt.cli.errors import user_errors
 from accelrt.config import Config
@@ -26,6 +26,9 @@ def plan(
         str,
         typer.Option(
             metavar="NAME_OR_FOLDER",
+            autocompletion=words(
+                "animatediff", "svd", "dit", "pixart", "pixart-1024", "unet2d", "vae", "svd-vae"
+            ),
             help="animatediff or svd (whole pipelines), dit, pixart, unet2d, vae, svd-vae "
             "(models by themselves), or a folder that diffusers wrote.",
         ),
@@ -33,8 +36,9 @@ def plan(
     budget: Annotated[
         str | None,
         typer.Option(
+            autocompletion=words("auto", "min"),
             help="What a call may take: 4GiB, 3.5GiB, auto, or min; default: that of --config, "
-            "or auto."
+            "or auto.",
         ),
     ] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Of the pictures, in pixels.")] = None,
@@ -62,20 +66,22 @@ def plan(
     """
     import accelrt
 
-    if out is not None and out.suffix not in (".png", ".svg"):
-        raise ValueError(f"--out is {out}; allowed: a .png or .svg file")
+    if out is not None:
+        check_file(out, (".png", ".svg"))
     settings = Config() if config is None else Config.from_file(config)
-    target = _target(model, dtype)
-    found = accelrt.plan(
-        target, height=height, width=width, num_frames=frames, batch=batch, guidance=guidance,
-        memory_budget=budget, config=settings,
-    )  # fmt: skip
+    with Console(stderr=True).status("looking at the models"):
+        target = _target(model, dtype)
+        found = accelrt.plan(
+            target, height=height, width=width, num_frames=frames, batch=batch, guidance=guidance,
+            memory_budget=budget, config=settings,
+        )  # fmt: skip
     if out is not None:
         from accelrt.planning.render import draw
 
+        out.parent.mkdir(parents=True, exist_ok=True)
         draw(found, out)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        print_json(found.to_dict())
         return
     console = Console()
     _show(found, console, groups)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import enum
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from accelrt.cli.common import prepared
+from accelrt.cli.common import bars, check_folder, prepared, print_json, words
 from accelrt.cli.demo import Device, Dtype
 from accelrt.cli.errors import user_errors
 
@@ -36,6 +36,7 @@ def profile(
         str,
         typer.Option(
             metavar="NAME_OR_PATH_OR_HUB_ID",
+            autocompletion=words("animatediff", "svd", "dit", "pixart"),
             help="A pipeline, or one of the reference models: animatediff, svd, dit, pixart.",
         ),
     ],
@@ -52,7 +53,11 @@ def profile(
     ] = 20,
     warm: Annotated[bool, typer.Option(help="Run two steps before the profile.")] = True,
     budget: Annotated[
-        str | None, typer.Option(help="Memory budget of the wrap: 4GiB, auto, min.")
+        str | None,
+        typer.Option(
+            autocompletion=words("auto", "min"),
+            help="Memory budget of the wrap: 4GiB, auto, min.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Precision.")] = Dtype.fp32,
@@ -82,15 +87,25 @@ def profile(
     if stock and (config is not None or budget is not None):
         raise ValueError("--stock was given with --config or --budget; allowed: one of them")
     settings, _ = prepared(config, threads)
-    scenario = _scenario(model, dtype.value, device.value, steps, prompt, frames, image)
-    out.mkdir(parents=True, exist_ok=True)
-    if not stock:
-        settings = settings if budget is None else settings.override(memory_budget=budget)
-        accelrt.wrap(scenario.pipe, config=settings)
-    found = _run(scenario, seed, ops_every, warm)
-    trace, page = found.save(out / "trace.json"), found.html(out / "report.html")
+    if budget is not None:
+        settings = settings.override(memory_budget=budget)
+    check_folder(out)
+    with bars(still=True) as progress:
+        task = progress.add_task("loading", total=4, model=model)
+
+        def begin(what: str, done: int) -> None:
+            progress.update(task, description=what, completed=done, refresh=True)
+
+        scenario = _scenario(model, dtype.value, device.value, steps, prompt, frames, image)
+        out.mkdir(parents=True, exist_ok=True)
+        if not stock:
+            accelrt.wrap(scenario.pipe, config=settings)
+        found = _run(scenario, seed, ops_every, warm, begin)
+        begin("writing trace and page", 3)
+        trace, page = found.save(out / "trace.json"), found.html(out / "report.html")
+        begin("done", 4)
     if as_json:
-        typer.echo(json.dumps({**found.to_dict(), "trace": str(trace), "report": str(page)}))
+        print_json({**found.to_dict(), "trace": str(trace), "report": str(page)})
         return
     console = Console()
     console.print(found.table(by.value, top))
@@ -118,7 +133,9 @@ def _scenario(
     return scenarios.reference_scenario(model, folder, dtype, where, steps)
 
 
-def _run(scenario: Scenario, seed: int, ops_every: int, warm: bool) -> Profile:
+def _run(
+    scenario: Scenario, seed: int, ops_every: int, warm: bool, begin: Callable[[str, int], None]
+) -> Profile:
     import torch
 
     import accelrt
@@ -132,7 +149,9 @@ def _run(scenario: Scenario, seed: int, ops_every: int, warm: bool) -> Profile:
 
     with silent_steps(pipe):
         if warm:
+            begin("warming up", 1)
             call(**({"num_inference_steps": 2} if "num_inference_steps" in scenario.call else {}))
+        begin("the call, and the rates of this machine", 2)
         with accelrt.profile(pipe, ops_every=ops_every) as found:
             call()
     return found

@@ -239,7 +239,9 @@ def load_pipeline(model: str, dtype: str, device: str, *, quiet: bool = False) -
     try:
         with _without_bars(quiet):
             pipe = loader.from_pretrained(source, dtype=DTYPES[dtype])
-    except OSError as error:
+    # An index that names what this diffusers does not have, or is no index: what the loader raises
+    # then depends on what is missing.
+    except (OSError, AttributeError, KeyError, TypeError) as error:
         raise FileNotFoundError(f"{model} cannot be loaded: {_first_lines(error)}") from error
     return pipe.to(device)
 

@@ -42,6 +42,10 @@ def from_folder(path: Path, dtype: torch.dtype) -> Any:
                 component = _component(path / name, *entry)
                 if component is not None:
                     components[name] = _cast(component, dtype)
+        if not components:
+            raise UnsupportedModelError(
+                f"{index} names no model that diffusers or transformers has"
+            )
         pipeline = getattr(diffusers, str(values.get("_class_name", "")), None)
         image = (
             isinstance(pipeline, type)

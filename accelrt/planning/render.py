@@ -91,6 +91,10 @@ def _how(group: GroupPlan) -> str:
     return ", ".join(parts)
 
 
+# A limit is drawn up to so many times the highest curve.
+ROOM = 1.5
+
+
 def draw(plan: Plan, path: Path) -> None:
     """Write a picture of memory over time: stock against planned, one panel per model.
 
@@ -113,8 +117,16 @@ def draw(plan: Plan, path: Path) -> None:
         if stock:
             _line(axis, [size for _, size in stock], "stock", "tab:red")
         _line(axis, [size for _, size in part.timeline], "accelrt", "tab:blue")
-        axis.axhline(part.limit_bytes / 2**20, color="black", linewidth=0.8, linestyle=":")
-        axis.set_title(part.path or "model", fontsize=9, loc="left")
+        most = max((size for _, size in (*stock, *part.timeline)), default=0)
+        title = part.path or "model"
+        if part.limit_bytes <= ROOM * most:
+            axis.axhline(
+                part.limit_bytes / 2**20, color="black", linewidth=0.8, linestyle=":",
+                label="budget",
+            )  # fmt: skip
+        else:  # drawn, it would press the curves to the ground
+            title += f"; the budget leaves {bytes_text(part.limit_bytes)}"
+        axis.set_title(title, fontsize=9, loc="left")
         axis.set_ylabel("live MiB")
         axis.set_ylim(bottom=0)
         axis.set_xticks([])

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from accelrt.files import write_text
+
 from . import ceilings as rates
 from . import nvtx
 from .analysis import Analysis, Row, without_dropped
@@ -239,7 +241,7 @@ class Profile:
         target = Path(path)
         if target.suffix != ".json":
             raise ValueError(f"path is {path}; allowed: a .json file")
-        target.write_text(json.dumps(trace(self), separators=(",", ":")), encoding="utf-8")
+        write_text(target, json.dumps(trace(self), separators=(",", ":")))
         return target
 
     def html(self, path: str | Path) -> Path:

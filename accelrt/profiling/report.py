@@ -12,6 +12,7 @@ from jinja2 import Environment as Templates
 from jinja2 import PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from accelrt.files import write_text
 from accelrt.memory.sizes import bytes_text
 from accelrt.reporting.tables import seconds_text
 
@@ -42,7 +43,7 @@ def write_page(profile: Profile, path: Path) -> None:
         pictures=_pictures(profile),
         tables=[_table(profile, by) for by in _KINDS],
     )
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _numbers(profile: Profile) -> list[tuple[str, str, str]]:

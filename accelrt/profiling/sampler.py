@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import statistics
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,12 +47,55 @@ class Gpu:
     joules: float | None = None
 
 
+@dataclass(frozen=True)
+class Use:
+    """What a GPU took, in the mean over a run; ``None`` where the device does not tell.
+
+    Args:
+        joules: of energy, per image or forward.
+        watts, megahertz: mean power of the device, and mean clock of its processors.
+        used_bytes: most memory in use on the device, of all processes.
+    """
+
+    joules: float | None = None
+    watts: float | None = None
+    megahertz: float | None = None
+    used_bytes: int | None = None
+
+
 @dataclass
 class Samples:
     """All samples of a run."""
 
     samples: list[Sample] = field(default_factory=list)
     gpu: Gpu = field(default_factory=Gpu)
+
+    def use(self, count: int) -> Use:
+        """In short, with the energy of one of ``count`` images or forwards."""
+        joules = self.gpu.joules
+        watts = [one.watts for one in self.samples if one.watts is not None]
+        clocks = [one.megahertz for one in self.samples if one.megahertz is not None]
+        return Use(
+            None if joules is None or not count else joules / count,
+            statistics.fmean(watts) if watts else None,
+            statistics.fmean(clocks) if clocks else None,
+            max((one.gpu_bytes for one in self.samples if one.gpu_bytes), default=None),
+        )
+
+
+def mean_use(uses: Sequence[Use]) -> Use:
+    """Of several runs: the mean of each value, and the most memory."""
+
+    def mean(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return statistics.fmean(known) if known else None
+
+    return Use(
+        mean([use.joules for use in uses]),
+        mean([use.watts for use in uses]),
+        mean([use.megahertz for use in uses]),
+        max((use.used_bytes for use in uses if use.used_bytes is not None), default=None),
+    )
 
 
 class Sampler:

@@ -6,8 +6,10 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from accelrt.memory.sizes import bytes_text
 from accelrt.reporting.tables import seconds_text
@@ -20,6 +22,39 @@ if TYPE_CHECKING:
 COLUMNS = (
     "total s", "share", "self s", "calls", "GFLOP", "moved", "utilisation", "slices", "limit"
 )  # fmt: skip
+
+
+# What a narrow terminal does without, the first of them first, and what names get instead.
+_LEFT_OUT = ("self s", "calls", "moved", "share", "slices", "GFLOP")
+_NAMES = 32
+
+
+class _Fitting(Table):
+    """Leaves columns out rather than cut names and numbers to a few letters."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns, caption = self.columns, self.caption
+        heads = [str(column.header) for column in columns]
+        widths = dict(zip(heads, map(_width, columns), strict=True))
+        name = heads[0]
+        widths[name] = min(widths[name], _NAMES)
+        left_out: list[str] = []
+        for head in _LEFT_OUT:
+            if sum(widths.values()) + 2 * (len(widths) - 1) <= options.max_width:
+                break
+            left_out.append(head)
+            del widths[head]
+        try:
+            if left_out:
+                self.columns = [column for column in columns if str(column.header) in widths]
+                self.caption = f"{caption} Not shown in this width: {', '.join(left_out)}."
+            yield from super().__rich_console__(console, options)
+        finally:
+            self.columns, self.caption = columns, caption
+
+
+def _width(column: Column) -> int:
+    return max(cell_len(str(cell)) for cell in (column.header, *column.cells))
 
 
 def cells(profile: Profile, row: Row) -> tuple[str, ...]:
@@ -50,7 +85,7 @@ def table(profile: Profile, by: str, top: int) -> Table:
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise ValueError(f"top is {top!r}; allowed: an integer >= 1")
     rows = profile.rows(by)
-    found = Table(
+    found = _Fitting(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         title=f"{profile.title}, by {by}",
@@ -82,8 +117,8 @@ def sentences(profile: Profile) -> list[str]:
         found.append("Operators were not recorded.")
     elif steps:
         found.append(
-            f"Operators were recorded at steps {', '.join(map(str, known)) or 'none'}; "
-            "their times, FLOPs and bytes stand for all steps."
+            f"Operators were recorded at {_steps_text(known)}; their times, FLOPs and bytes stand "
+            "for all steps."
         )
     if profile.ceilings is not None:
         found.append(
@@ -98,6 +133,13 @@ def sentences(profile: Profile) -> list[str]:
     elif profile.samples.gpu.note:
         found.append(f"GPU: {profile.samples.gpu.note}.")
     return found
+
+
+def _steps_text(steps: list[int]) -> str:
+    """In words."""
+    if not steps:
+        return "no step"
+    return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}"
 
 
 def as_dict(profile: Profile, top: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from accelrt.config import Config
 from accelrt.memory.tracker import track_peak
+from accelrt.profiling.sampler import Sampler, Use, mean_use
 from accelrt.quality.metrics import psnr, relative_error, ssim
 from accelrt.quality.observe import captured_latents, pictures, silent_steps, weight_bytes
 from accelrt.steps.outer_steps import OuterSteps
@@ -48,12 +49,14 @@ class Side:
         latents: final latents, as the VAE received them; ``None`` if the pipeline has
             neither VAE nor scheduler.
         pictures: float32 ``[N, F, C, H, W]`` in [0, 1]; ``F`` is 1 for images.
+        gpu: by its driver, during the timed runs; energy per picture or frame.
     """
 
     seconds: tuple[float, ...]
     peak_bytes: int
     latents: Tensor | None
     pictures: Tensor
+    gpu: Use = field(default_factory=Use)
 
     @property
     def median_seconds(self) -> float:
@@ -86,6 +89,7 @@ class Comparison:
             over the samples of all steps; with ``feedback`` the blocks that ran over those of
             the steps that they stand for; 1 without either.
         cache_bytes: most that was kept from step to step.
+        gpu_note: why the driver of a GPU said nothing; empty if it did.
     """
 
     pipeline: str
@@ -109,6 +113,7 @@ class Comparison:
     feedback: dict[str, Any] | None = None
     computed_stages: float = 1.0
     cache_bytes: int = 0
+    gpu_note: str = ""
 
     @property
     def speedup(self) -> float:
@@ -130,6 +135,12 @@ class Comparison:
                 "seconds": list(values.seconds),
                 "median_seconds": values.median_seconds,
                 "peak_bytes": values.peak_bytes,
+                "gpu": {
+                    "joules_per_image": values.gpu.joules,
+                    "watts": values.gpu.watts,
+                    "megahertz": values.gpu.megahertz,
+                    "used_bytes": values.gpu.used_bytes,
+                },
             }
 
         return {
@@ -155,6 +166,7 @@ class Comparison:
             "feedback": _plain(self.feedback),
             "computed_stages": self.computed_stages,
             "cache_bytes": self.cache_bytes,
+            "gpu_note": self.gpu_note,
         }
 
 
@@ -169,6 +181,7 @@ class _Runs:
     video: bool = False
     restored: int = 0
     equal: bool = True
+    uses: list[Use] = field(default_factory=list)
 
     def keep(self, output: Any, latents: Tensor | None) -> None:
         """The first run is kept, later ones are held against it."""
@@ -183,7 +196,9 @@ class _Runs:
 
     def side(self) -> Side:
         assert self.pictures is not None
-        return Side(tuple(self.seconds), self.peak_bytes, self.latents, self.pictures)
+        return Side(
+            tuple(self.seconds), self.peak_bytes, self.latents, self.pictures, mean_use(self.uses)
+        )  # fmt: skip
 
 
 def compare(
@@ -281,6 +296,7 @@ def compare(
         feedback=steps.settings if isinstance(steps, FeedbackReport) else None,
         computed_stages=1.0 if steps is None else steps.computed_share,
         cache_bytes=0 if steps is None else steps.cache_bytes,
+        gpu_note=runner.gpu_note,
     )
 
 
@@ -378,11 +394,15 @@ class _Runner:
         self.seed = seed
         self.on_progress = on_progress
         self.device = torch.device(getattr(pipe, "_execution_device", None) or pipe.device)
+        self.gpu_note = self._sampler().stop().gpu.note
         self.short = dict(call)
         self.default_steps = None
         if "num_inference_steps" in known:
             self.default_steps = known["num_inference_steps"].default
             self.short["num_inference_steps"] = min(MEMORY_STEPS, self.steps(call))
+
+    def _sampler(self) -> Sampler:
+        return Sampler(self.device.index or 0 if self.device.type == "cuda" else None)
 
     def steps(self, call: Mapping[str, Any]) -> int:
         """Denoising steps of a call."""
@@ -410,10 +430,18 @@ class _Runner:
         with nullcontext() if tracker is None else tracker.paused():
             self.run(self.short)
         gc.collect()
-        with captured_latents(self.pipe) as found:
+        # Where there is nothing to ask, no thread looks: it would only take time from the run.
+        sampler = None if self.gpu_note else self._sampler()
+        with captured_latents(self.pipe) as found, ExitStack() as stack:
+            if sampler is not None:
+                sampler.start()
+                stack.callback(sampler.stop)
             began = time.perf_counter()
             output = self.run(self.call, what)
             runs.seconds.append(time.perf_counter() - began)
+        if sampler is not None:
+            images, _ = pictures(output)
+            runs.uses.append(sampler.found.use(images.shape[0] * images.shape[1]))
         latents = torch.cat([part.detach().cpu() for part in found]) if found else None
         runs.keep(output, latents)
 

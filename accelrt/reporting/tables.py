@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelrt.memory.sizes import bytes_text
+from accelrt.profiling.sampler import Use
 from accelrt.quality import Comparison
 
 COLUMNS = ("model", "run", "seconds", "ratio", "peak memory", "rel. L2", "PSNR")
@@ -68,6 +69,31 @@ def restored_text(result: Comparison) -> str:
 def groups_text(result: Comparison) -> str:
     """How many operator groups are fused, sliced and untouched."""
     return ", ".join(f"{count} {kind}" for kind, count in result.groups.counts().items())
+
+
+def gpu_text(result: Comparison) -> str:
+    """What the GPU took on both sides, by its driver; empty where none was asked."""
+    if result.gpu_note:
+        return "" if result.device == "cpu" else f"By the driver of the GPU: {result.gpu_note}."
+    sides = (("stock", result.stock), ("accelrt", result.accelrt))
+    return "; ".join(f"{name} {use_text(side.gpu, 'image')}" for name, side in sides) + "."
+
+
+def use_text(use: Use, each: str) -> str:
+    """Energy, power, clock and memory of a GPU.
+
+    Args:
+        use: by the driver.
+        each: what ``use.joules`` are of.
+    """
+    told = (
+        (f"J per {each}", use.joules, ".3g"), ("W", use.watts, ".0f"),
+        ("MHz", use.megahertz, ".0f"),
+    )  # fmt: skip
+    facts = [f"{value:{how}} {unit}" for unit, value, how in told if value is not None]
+    if use.used_bytes is not None:
+        facts.append(f"{bytes_text(use.used_bytes)} in use")
+    return ", ".join(facts) or "not told"
 
 
 def seconds_text(seconds: float) -> str:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accelrt.feedback.training import tree
+
 KEPT = 2
-_NAME = re.compile(r"checkpoint-(\d+)\.pt")
+_NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
 
 
 class Average:
@@ -62,7 +64,7 @@ class Average:
 
 
 class Checkpoints:
-    """Files ``checkpoint-<step>.pt`` in a folder, of which the last two are kept.
+    """Files ``checkpoint-<step>.safetensors`` in a folder, of which the last two are kept.
 
     A file appears under its name only when it is complete on disk, so a kill at any moment
     leaves a usable one.
@@ -73,19 +75,22 @@ class Checkpoints:
 
     def files(self) -> list[Path]:
         """From the first to the last step."""
-        found = [each for each in self.folder.glob("checkpoint-*.pt") if _NAME.fullmatch(each.name)]
+        found = [each for each in self.folder.glob("checkpoint-*") if _NAME.fullmatch(each.name)]
         return sorted(found, key=_step_of)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write the state after ``step`` steps."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"checkpoint-{step:08d}.pt"
+        path = self.folder / f"checkpoint-{step:08d}.safetensors"
         part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            torch.save({**state, "step": step}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        try:
+            tree.save(part, {**state, "step": step})
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
         for old in self.files()[:-KEPT]:
             old.unlink()
 
@@ -99,10 +104,9 @@ class Checkpoints:
         if not files:
             return None
         try:
-            state: dict[str, Any] = torch.load(files[-1], map_location="cpu", weights_only=True)
-        except Exception as error:
+            return tree.load(files[-1])
+        except ValueError as error:
             raise ValueError(f"{files[-1]} is no checkpoint: {error}") from error
-        return state
 
 
 def _step_of(path: Path) -> int:
