@@ -7,6 +7,7 @@
 #   make bench-blocks    a transformer block against eager and torch.compile with freezing
 #   make bench-models    whole forwards of the published models on the CPU: eager, compiled, accelrt
 #                        (about two hours on two cores; ARGS="--model dit" for one of them)
+#   make ptxas   the table of what the compiler made of the CUDA kernels (needs nvcc)
 #   make lint    ruff, mypy, clang-format
 #   make docs    the site, in build/site
 #   make package    sdist and wheel, in build/package/dist, installed into a new environment and used
@@ -33,7 +34,8 @@ SOURCES := $(shell find csrc bindings -type f) CMakeLists.txt setup.py pyproject
 FORMATTED := $(shell find csrc bindings tests/cpp examples/embed_cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built-cuda-$(ACCELRT_CUDA)
 
-.PHONY: all setup demo test bench bench-levels bench-blocks bench-models lint format docs package clean
+.PHONY: all setup demo test bench bench-levels bench-blocks bench-models ptxas lint format docs \
+        package clean
 
 all: setup
 
@@ -62,7 +64,7 @@ demo: setup
 	$(BIN)/accelrt demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks $(ARGS)
@@ -76,6 +78,9 @@ bench-blocks: setup
 
 bench-models: setup
 	$(BIN)/python benchmarks/models/run.py --out benchmarks/results $(ARGS)
+
+ptxas: setup
+	$(BIN)/python benchmarks/ptxas.py --save $(ARGS)
 
 $(VENV)/.lint: $(VENV)/.dependencies
 	$(PIP) install -q --group lint

@@ -64,8 +64,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("isa", ISAS + tiles, indirect=True)
 
 
+# With `--dist loadfile --no-loadscope-reorder` processes take the files in this order, then the
+# others by name. What takes longest comes first, so that no process waits at the end for another's
+# long file; before it all one that builds the simulator, which others then find built.
+FIRST = (
+    "test_ops_group_norm", "test_memory_unet", "test_exactness_models", "test_features",
+    "test_budget", "test_exactness_temporal_vae", "test_exactness_svd", "test_steps",
+    "test_embed_cpp", "test_calibrate", "test_compile", "test_bench_steps", "test_bench_feedback",
+    "test_exactness_pixart", "test_exactness_unet_2d", "test_demo", "test_bench_models",
+    "test_cli_bench", "test_cli_compare", "test_memory_vae", "test_memory_dit", "test_robust_runs",
+    "test_robust_settings", "test_exactness_passes", "test_cpu_build", "test_docs",
+    "test_bench_device", "test_tiles", "test_docs_profiling", "test_docs_adding_a_model",
+    "test_bands", "test_feedback_training", "test_ops_attention", "test_ops_linear",
+    "test_ops_block",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the other dtypes the levels of the tiles run what avx512bf16 runs."""
+    """Order the files; of the other dtypes the levels of the tiles run what avx512bf16 runs."""
 
     def repeats(item: pytest.Item) -> bool:
         chosen = getattr(item, "callspec", None)
@@ -73,7 +89,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             return False
         return chosen.params.get("dtype", torch.bfloat16) != torch.bfloat16
 
-    items[:] = [item for item in items if not repeats(item)]
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem
+        return FIRST.index(name) if name in FIRST else len(FIRST)
+
+    items[:] = sorted((item for item in items if not repeats(item)), key=place)
 
 
 @pytest.fixture

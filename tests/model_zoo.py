@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -164,6 +164,19 @@ def to_dtype(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(to_dtype(item, dtype) for item in value)
     return value
+
+
+def in_turn(cases: Iterable[Any], configs: Iterable[Any]) -> list[tuple[Any, str, Any]]:
+    """Every case with every config in float64, and in one of the other dtypes.
+
+    Whether slices are exact shows in float64; what the kernels of a dtype do does not depend on
+    the case. Over three cases every config meets every dtype.
+    """
+    low, matrix, configs = ("float32", "bfloat16", "float16"), [], tuple(configs)
+    for i, case in enumerate(cases):
+        for j, config in enumerate(configs):
+            matrix += [(case, dtype, config) for dtype in ("float64", low[(i + j) % 3])]
+    return matrix
 
 
 def relative_error(result: Tensor, truth: Tensor) -> float:

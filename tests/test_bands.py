@@ -122,16 +122,19 @@ VARIANTS = (
 )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("config", BANDS)
 @pytest.mark.parametrize(
-    ("kind", "skip", "out", "again", "size"),
-    # Odd sizes are those of a skip.
-    [(*v, size) for v in VARIANTS for size in SIZES if v[1] or "odd" not in size],
+    ("variant", "dtype", "config"),
+    zoo.in_turn(
+        # Odd sizes are those of a skip.
+        [(*v, size) for v in VARIANTS for size in SIZES if v[1] or "odd" not in size],
+        BANDS,
+    ),
+    ids=str,
 )
 def test_upsampler_inside_a_resnet(
-    kind: str, skip: int, out: int, again: bool, size: str, config: str, dtype: str
+    variant: tuple[str, int, int, bool, str], dtype: str, config: str
 ) -> None:
+    kind, skip, out, again, size = variant
     truth, error = stock(kind, size, skip, out, dtype)
     settings = Config(**BANDS[config])
     parts = zoo.clone(built(kind, skip, out), getattr(torch, dtype))

@@ -111,9 +111,7 @@ def _stock(case: str, name: str) -> tuple[Tensor, float]:
     return truth, zoo.relative_error(result, truth)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "dtype", "config"), zoo.in_turn(CASES, CONFIGS))
 def test_exactness(case: str, dtype: str, config: str) -> None:
     truth, stock = _stock(case, dtype)
     model = zoo.clone(_model(CASES[case][0]), getattr(torch, dtype))
