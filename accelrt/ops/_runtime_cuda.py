@@ -53,6 +53,9 @@ def launch(
 ) -> None:
     """Run a kernel on the current device.
 
+    Its first launch there loads it, which a stream that is being captured may refuse: run once
+    before a CUDA graph is captured, as one does for torch's own kernels.
+
     Args:
         op: the operator, for messages.
         folder: of the headers that define the kernel, e.g. ``"kernels/geglu"``.
