@@ -143,11 +143,12 @@ def test_names_and_numbers_are_whole_in_any_width(reference: Profile, width: int
     console.print(table)
     text = console.export_text()
     for row in reference.rows("group")[:5]:
-        assert row.name[:30] in text
+        assert row.name[:25] in text
         _, total, share, *_ = cells(reference, row)
         assert total in text
         assert (share in text) == (width == 200)
-    assert ("Not shown in this width: self s, calls" in text) == (width == 80)
+    caption = " ".join(text.split())
+    assert ("Not shown in this width: self s, calls" in caption) == (width == 80)
     assert len(table.columns) == 10
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import sys
@@ -296,16 +297,16 @@ def test_a_bench_asks_the_driver() -> None:
 def test_a_comparison_knows_the_energy_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     call = {"class_labels": [3, 77, 5], "num_inference_steps": 2}
     pipe = zoo.dit_pipeline()
-    on_cpu = accelrt.quality.compare(pipe, call, repeats=1)
-    assert "runs on the CPU" in on_cpu.gpu_note
-    assert on_cpu.to_dict()["stock"]["gpu"]["joules_per_image"] is None
-    assert gpu_text(on_cpu) == ""
+    assert "runs on the CPU" in _Runner(pipe, call, 0, None).gpu_note
     monkeypatch.setattr(_Runner, "_sampler", lambda self: sampler.Sampler(0))
     found = accelrt.quality.compare(pipe, call, repeats=1)
     assert found.gpu_note == found.to_dict()["gpu_note"] == ""
     for side in (found.stock, found.accelrt):
         assert side.gpu == sampler.Use(1.0, 350.0, None, 5 << 20)
     assert found.to_dict()["accelrt"]["gpu"]["joules_per_image"] == 1.0
+    on_cpu = dataclasses.replace(found, gpu_note="no GPU is looked at")
+    assert gpu_text(on_cpu) == ""
+    assert "no GPU is" in gpu_text(dataclasses.replace(on_cpu, device="cuda:0"))
     assert gpu_text(found) == (
         "stock 1 J per image, 350 W, 5.0 MiB in use; accelrt 1 J per image, 350 W, 5.0 MiB in use."
     )

@@ -97,7 +97,7 @@ def case(name: str) -> Case:
 
         def video() -> Tensor:
             return zoo_svd.run_svd(
-                svd, num_frames=3, num_inference_steps=2, output_type="pt",
+                svd, num_frames=2, num_inference_steps=2, output_type="pt",
                 generator=torch.Generator().manual_seed(0),
             )  # fmt: skip
 

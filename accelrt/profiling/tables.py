@@ -26,7 +26,7 @@ COLUMNS = (
 
 # What a narrow terminal does without, the first of them first, and what names get instead.
 _LEFT_OUT = ("self s", "calls", "moved", "share", "slices", "GFLOP")
-_NAMES = 32
+_NAMES = 26
 
 
 class _Fitting(Table):
@@ -40,7 +40,8 @@ class _Fitting(Table):
         widths[name] = min(widths[name], _NAMES)
         left_out: list[str] = []
         for head in _LEFT_OUT:
-            if sum(widths.values()) + 2 * (len(widths) - 1) <= options.max_width:
+            # Three between two columns, one at each end.
+            if sum(widths.values()) + 3 * len(widths) - 1 <= options.max_width:
                 break
             left_out.append(head)
             del widths[head]
