@@ -54,29 +54,28 @@ def test_into_given_memory_and_into_new_is_what_eager_gives(case, dtype, device)
 def test_streams_and_graphs_of_a_gpu(case, dtype, device):
     """On the CPU a second call: the first must leave nothing behind."""
     inputs = case.make(dtype, device)
-    expected = [t.clone() for t in tensors(inputs.ours())]
-    if device == "cuda":
-        torch.cuda.synchronize()
-        for t in tensors(inputs.ours()):
-            t.zero_()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            torch.cuda._sleep(10_000_000)  # a call on another stream would be done before it
-            for t in tensors(inputs.ours()):
-                t.add_(0)
-        torch.cuda.current_stream().wait_stream(side)
+    held = tensors(inputs.ours())  # the memory that every call writes to
+    expected = [t.clone() for t in held]
+    if device != "cuda":
         assert all(map(torch.equal, tensors(inputs.ours()), expected))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = tensors(inputs.ours())
-        for t in result:
-            t.zero_()
-        graph.replay()
-        torch.cuda.synchronize()
-    else:
-        result = tensors(inputs.ours())
+        return
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(10_000_000)
+        for t in held:
+            t.zero_()  # over what a call on another stream, which would not wait, has written
+        result = [t.clone() for t in tensors(inputs.ours())]
+    side.synchronize()
     assert all(map(torch.equal, result, expected))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inputs.ours()
+    for t in held:
+        t.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, held, expected))
 
 
 def test_every_operator_has_a_case_and_a_test_on_all_devices():
