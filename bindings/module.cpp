@@ -7,6 +7,7 @@
 #include "accelrt/parallel.h"
 #include "aten_products.h"
 #include "memory.h"
+#include "products_choice.h"
 
 namespace py = pybind11;
 
@@ -76,5 +77,10 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("dtype"), py::arg("head_dim"),
       "Whether `attention` on the CPU is ahead of torch's for this head dim.");
+  m.def(
+      "cuda_products", [] { return accelrt::bindings::own_cuda_products() ? "own" : "torch"; },
+      "Who makes products and attention of CUDA tensors (see ACCELRT_CUDA_PRODUCTS).");
+  m.def("set_cuda_products", &accelrt::bindings::set_cuda_products, py::arg("name"),
+        "Force `torch` or `own` in this process.");
   accelrt::bindings::bind_memory(m);
 }

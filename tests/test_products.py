@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -149,3 +153,40 @@ def test_a_dry_run_stands_for_its_device(layer):
         assert products.is_ours(meta, x) == ours
     with probing("cuda"):
         assert not products.is_ours(meta, x)
+
+
+CHOOSE = """
+import torch
+from accelrt import _C
+try:
+    print(_C.cuda_products())
+except RuntimeError as reason:
+    print(reason)
+_C.set_cuda_products("own")
+print(_C.cuda_products())
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer"),
+    [
+        ("", "torch"),
+        ("own", "own"),
+        ("ours", "ACCELRT_CUDA_PRODUCTS is 'ours'; allowed: torch, own"),
+    ],
+)
+def test_the_environment_says_who_makes_the_products_on_a_gpu(asked, answer):
+    done = subprocess.run(
+        [sys.executable, "-c", CHOOSE], capture_output=True, text=True, check=True,
+        env={**os.environ, "ACCELRT_CUDA_PRODUCTS": asked},
+    )  # fmt: skip
+    first, second = done.stdout.splitlines()
+    assert first.startswith(answer)
+    assert second == "own"
+
+
+def test_an_unknown_maker_of_products_is_refused():
+    before = _C.cuda_products()
+    with pytest.raises(RuntimeError, match=r"'cublas'; allowed: torch, own"):
+        _C.set_cuda_products("cublas")
+    assert _C.cuda_products() == before
