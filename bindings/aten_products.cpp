@@ -11,6 +11,7 @@
 #include "kernels/attention/attention.h"
 #include "kernels/geglu/geglu.h"
 #include "kernels/residual_blend/residual_blend.h"
+#include "products_choice.h"
 
 // Since torch 2.13: what went wrong in the last call. Weak, so that this object loads under 2.11.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
@@ -158,6 +159,15 @@ bool own_attention_is_faster(DType dtype, int64_t head_dim) {
   return fast && head_dim <= kMaxAttentionDim;
 }
 
+bool own_cuda_attention(const TensorView& q, const TensorView& k, const TensorView& v,
+                        const OptionalView& bias, double scale, const TensorView& out,
+                        Stream stream) {
+  if (q.device != Device::kCUDA || !own_cuda_products()) return false;
+  if (!attention_cuda_takes(attention_params(q, k, v, bias, scale, out))) return false;
+  accelrt::attention(q, k, v, bias, scale, out, stream);
+  return true;
+}
+
 void FastestProducts::linear(const TensorView& x, const TensorView& weight,
                              const OptionalView& bias, const Epilogue& epilogue,
                              const TensorView& out, Stream stream) {
@@ -174,7 +184,7 @@ void FastestProducts::attention(const TensorView& q, const TensorView& k, const 
                                 Stream stream) {
   if (q.device == Device::kCPU && own_attention_is_faster(q.dtype, q.size[3])) {
     accelrt::attention(q, k, v, bias, scale, out, stream);
-  } else {
+  } else if (!own_cuda_attention(q, k, v, bias, scale, out, stream)) {
     AtenProducts::attention(q, k, v, bias, scale, out, stream);
   }
 }

@@ -33,7 +33,14 @@ class AtenProducts : public Products {
 bool own_linear_is_faster(DType dtype, int64_t depth);
 bool own_attention_is_faster(DType dtype, int64_t head_dim);
 
-// On the CPU our kernels where they are ahead of torch's; torch's operators otherwise.
+// Attention on CUDA by our kernel, if own_cuda_products() and it takes the call. False: nothing was
+// done. The tensors are checked.
+bool own_cuda_attention(const TensorView& q, const TensorView& k, const TensorView& v,
+                        const OptionalView& bias, double scale, const TensorView& out,
+                        Stream stream);
+
+// On the CPU our kernels where they are ahead of torch's, on CUDA where ACCELRT_CUDA_PRODUCTS asks
+// for them; torch's operators otherwise.
 class FastestProducts : public AtenProducts {
  public:
   explicit FastestProducts(const Tensor& like) : AtenProducts(like) {}

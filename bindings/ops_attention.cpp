@@ -2,6 +2,7 @@
 
 #include <array>
 
+#include "aten_products.h"
 #include "kernels/attention/attention.h"
 #include "tensor_args.h"
 
@@ -14,13 +15,18 @@ void attention_op(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
 }
 
 #if defined(ACCELRT_HAVE_CUDA)
-// On a GPU the library's scaled dot-product attention is the kernel: it chooses among flash,
-// cuDNN and memory-efficient ones and takes the views as they are. Its result is copied to out.
+// Unless ACCELRT_CUDA_PRODUCTS asks for ours, the library's scaled dot-product attention is the
+// kernel on a GPU: it chooses among flash, cuDNN and memory-efficient ones and takes the views as
+// they are. Its result is copied to out.
 void attention_cuda_op(const Tensor& q, const Tensor& k, const Tensor& v,
                        const OptionalTensor& bias, double scale, const Tensor& out) {
   check_attention(view_of(q), view_of(k), view_of(v), view_of(bias), view_of(out));
   if (q.numel() == 0) return;
   const DeviceScope scope(q);
+  if (own_cuda_attention(view_of(q), view_of(k), view_of(v), view_of(bias), scale, view_of(out),
+                         scope.stream())) {
+    return;
+  }
   const auto heads_first = [](const Tensor& t) { return torch::stable::transpose(t, 1, 2); };
   using torch::stable::detail::from;
   std::array<StableIValue, 8> stack{from(heads_first(q)),

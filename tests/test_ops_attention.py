@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_common import all_devices, all_dtypes, assert_as_good_as
-from sim import run_simulator
+from ops_common import all_devices, all_dtypes, assert_as_good_as, strided_like
+from sim import SimulatorError, run_simulator
 
-from accelrt import ops, reference
+from accelrt import _C, ops, reference
 
 USES_TILES = True
 
@@ -71,6 +71,23 @@ def test_matches_the_truth(shape, dtype, device):
         check(ops.attention(q, k, v, bias=bias), q, k, v, bias)
     check(ops.attention(q, k, v, scale=0.3), q, k, v, scale=0.3)
     check(ops.attention(q, k, v, scale=-0.2), q, k, v, scale=-0.2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@all_dtypes
+def test_our_kernel_on_a_gpu_matches_the_truth(shape, dtype):
+    before = _C.cuda_products()
+    _C.set_cuda_products("own")
+    try:
+        q, k, v = inputs(shape, dtype, "cuda")
+        for bias in biases(shape, dtype, "cuda"):
+            check(ops.attention(q, k, v, bias=bias), q, k, v, bias)
+        check(ops.attention(q, k, v, scale=-0.2), q, k, v, scale=-0.2)
+        fresh = q.clone()
+        assert torch.equal(ops.attention(fresh, k, v, out=fresh), ops.attention(q, k, v))
+    finally:
+        _C.set_cuda_products(before)
 
 
 @all_dtypes
@@ -233,6 +250,99 @@ def test_compiles():
 def test_float64_is_the_reference():
     q, k, v = inputs((1, 5, 6, 2, 9), torch.float64)
     assert torch.allclose(ops.attention(q, k, v), stock(q, k, v), rtol=1e-12)
+
+
+def simulate(binary, q, k, v, bias=None, scale=None, in_place=False):
+    """The CUDA source; what it leaves unwritten stays NaN."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    result = run_simulator(
+        binary, "attention", q=q, k=k, v=v, bias=bias, scale=float(scale),
+        out=None if in_place else torch.full_like(q, torch.nan),
+    )  # fmt: skip
+    return result["q" if in_place else "out"]
+
+
+# All instances, one to four warps and tiles, keys that end within a tile or with it; which bias.
+SIMULATED = [
+    ((1, 1, 1, 1, 8), torch.bfloat16, 0),
+    ((2, 7, 5, 3, 40), torch.float16, 4),
+    ((1, 19, 77, 2, 64), torch.bfloat16, 1),
+    ((1, 111, 129, 1, 72), torch.bfloat16, 0),
+    ((1, 19, 130, 2, 80), torch.float16, 2),
+    ((1, 7, 64, 1, 88), torch.bfloat16, 3),
+    ((1, 40, 65, 1, 128), torch.float16, 0),
+    ((1, 40, 77, 1, 160), torch.bfloat16, 4),
+    ((1, 19, 77, 1, 256), torch.float16, 1),
+]
+
+
+@pytest.mark.parametrize("variant", ["asan", "tsan"])
+@pytest.mark.parametrize(("shape", "dtype", "kind"), SIMULATED, ids=str)
+def test_simulated_cuda_source(sim_dir, variant, shape, dtype, kind):
+    q, k, v = inputs(shape, dtype)
+    bias = biases(shape, dtype)[kind]
+    check(simulate(sim_dir / f"accelrt_sim_{variant}", q, k, v, bias), q, k, v, bias)
+
+
+def test_simulated_cuda_source_in_place_on_a_fused_projection(sim_dir):
+    q, k, v = torch.randn(2, 37, 3, 2, 72).bfloat16().unbind(2)
+    for variant in ("asan", "tsan"):
+        binary = sim_dir / f"accelrt_sim_{variant}"
+        check(simulate(binary, q, k, v, scale=-0.2, in_place=True), q, k, v, scale=-0.2)
+
+
+def test_simulated_cuda_source_where_keys_are_masked(sim_dir):
+    """All of a query, the first tile of another, all but the first key of a third."""
+    q, k, v = inputs((1, 19, 150, 2, 24), torch.float16)
+    bias = torch.zeros(1, 1, 19, 150, dtype=torch.float16)
+    bias[..., 3, :] = bias[..., 5, :70] = bias[..., 7, 1:] = NO_KEY
+    result = simulate(sim_dir / "accelrt_sim_asan", q, k, v, bias)
+    assert not result[:, 3].any()
+    assert torch.equal(result[:, 7], v[:, 0])
+    check(result, q, k, v, bias)
+    nothing = torch.full((1, 1, 1, 150), NO_KEY, dtype=torch.float16)
+    assert not simulate(sim_dir / "accelrt_sim_asan", q, k, v, nothing).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_simulated_cuda_source_of_large_scores(sim_dir, dtype):
+    binary = sim_dir / "accelrt_sim_asan"
+    q = torch.randint(-16, 17, (1, 19, 1, 40)).to(dtype)
+    k = torch.randint(-9, 10, (1, 300, 1, 40)).to(dtype)
+    v = torch.randn(1, 300, 1, 40).to(dtype)
+    k[:, 250] = q[:, 3].clamp(-9, 9)  # the maximum comes late and high
+    check(simulate(binary, q, k, v, scale=1.0), q, k, v, scale=1.0)
+    # Every tile is higher, by more than the maximum may lag behind and by less.
+    for step in (20.0, 0.1):
+        rising = torch.arange(300.0).mul(step).to(dtype).reshape(1, 1, 1, 300)
+        check(simulate(binary, q, k, v, rising, 0.01), q, k, v, rising, 0.01)
+
+
+def test_simulated_cuda_source_keeps_special_values_in_their_rows(sim_dir):
+    binary = sim_dir / "accelrt_sim_asan"
+    q, k, v = inputs((1, 19, 77, 2, 24), torch.bfloat16)
+    clean = simulate(binary, q, k, v)
+    for value in (torch.nan, torch.inf):
+        poisoned = q.clone()
+        poisoned[0, 3, 1, 5] = value
+        result = simulate(binary, poisoned, k, v)
+        assert torch.isnan(result[0, 3, 1]).all()
+        result[0, 3, 1] = clean[0, 3, 1]
+        assert torch.equal(result, clean)
+
+
+def test_simulated_cuda_source_says_what_it_takes(sim_dir):
+    def refused(q, k, v):
+        with pytest.raises(SimulatorError, match="attention: the CUDA kernel takes"):
+            simulate(sim_dir / "accelrt_sim_asan", q, k, v)
+
+    refused(*inputs((1, 2, 3, 1, 8), torch.float32))
+    refused(*inputs((1, 2, 3, 1, 20), torch.float16))
+    q, k, v = inputs((1, 2, 3, 1, 8), torch.float16)
+    refused(q, strided_like(k), v)
+    # The stride of a dimension of one does not count.
+    one = torch.as_strided(q, (1, 1, 1, 8), (11, 3, 5, 1))
+    check(simulate(sim_dir / "accelrt_sim_asan", one, k, v), one, k, v)
 
 
 @all_dtypes

@@ -161,13 +161,19 @@ def simulate(binary, q, k, v, heads, device="cuda", in_place=False):
     return result["q" if in_place else "out"]
 
 
-# All three tile sizes, one and several chunks of channels, a block with idle slots.
+# On matrix primitives: all numbers of keys, one to four warps, whole and half steps of channels.
+# Then those that stay scalar: all tile sizes, one and several chunks of channels, idle slots.
 SIMULATED = [
     ((1, 16, 16, 2, 3, 40), torch.bfloat16),
-    ((1, 7, 9, 1, 2, 7), torch.float32),
+    ((1, 7, 19, 1, 2, 8), torch.float16),
     ((1, 25, 19, 1, 3, 56), torch.float16),
+    ((2, 33, 45, 1, 1, 80), torch.bfloat16),
+    ((1, 64, 64, 1, 1, 256), torch.float16),
+    ((1, 1, 1, 2, 3, 72), torch.bfloat16),
+    ((1, 7, 9, 1, 2, 7), torch.float32),
+    ((1, 25, 19, 1, 3, 50), torch.bfloat16),
     ((1, 33, 49, 1, 1, 50), torch.float32),
-    ((1, 64, 64, 1, 1, 104), torch.bfloat16),
+    ((1, 64, 64, 1, 1, 100), torch.float16),
 ]
 
 
@@ -179,12 +185,27 @@ def test_simulated_cuda_source(sim_dir, variant, shape, dtype):
     check(result, q, k, v, shape[4])
 
 
-def test_simulated_cuda_source_in_place_on_a_fused_projection(sim_dir):
-    fused = torch.randn(1, 5, 3, 3 * 48)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_simulated_cuda_source_in_place_on_a_fused_projection(sim_dir, dtype):
+    fused = torch.randn(1, 18, 3, 3 * 48).to(dtype)
     q, k, v = fused.chunk(3, dim=-1)
     for variant in ("asan", "tsan"):
         result = simulate(sim_dir / f"accelrt_sim_{variant}", q, k, v, 2, in_place=True)
         check(result, q, k, v, 2)
+
+
+def test_simulated_cuda_source_of_large_scores_and_special_values(sim_dir):
+    binary = sim_dir / "accelrt_sim_asan"
+    q, k, v = inputs((1, 16, 16, 2, 2, 40), torch.bfloat16)
+    check(simulate(binary, q * 30, k * 30, v, 2), q * 30, k * 30, v, 2)
+    clean = simulate(binary, q, k, v, 2)
+    for value in (torch.nan, torch.inf):
+        poisoned = q.clone()
+        poisoned[0, 3, 1, 5] = value
+        result = simulate(binary, poisoned, k, v, 2)
+        assert torch.isnan(result[0, 3, 1, :40]).all()
+        result[0, 3, 1, :40] = clean[0, 3, 1, :40]
+        assert torch.equal(result, clean)
 
 
 @all_dtypes

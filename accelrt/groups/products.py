@@ -1,7 +1,8 @@
 """Linear layers and attention: our kernels where they are the faster ones, torch's elsewhere.
 
 Which they are is measured per processor and dtype and decided in the extension
-(``own_linear_is_faster``, ``own_attention_is_faster``); on a GPU torch's are used.
+(``own_linear_is_faster``, ``own_attention_is_faster``); on a GPU torch's are used, unless
+``ACCELRT_CUDA_PRODUCTS`` asks for our attention.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accelrt import _C, ops
+from accelrt.ops.attention import MAX_HEAD_DIM
 
 from .recognise import has_plain_weights, is_plain_linear
 from .slicing import current_probe
@@ -30,17 +32,26 @@ def _linear_is_ours(dtype: torch.dtype, depth: int) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _attention_is_ours(dtype: torch.dtype, head_dim: int) -> bool:
+def _attention_is_ours(dtype: torch.dtype, head_dim: int, device_type: str) -> bool:
     name = _NAMES.get(dtype)
-    return name is not None and _C.own_attention_is_faster(name, head_dim)
+    if name is None:
+        return False
+    if device_type == "cpu":
+        return _C.own_attention_is_faster(name, head_dim)
+    fits = dtype != torch.float32 and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
+    return device_type == "cuda" and fits and _C.cuda_products() == "own"
+
+
+def _device_type(x: Tensor) -> str:
+    """Where it is, or is planned for: a dry run says for which device."""
+    if x.device.type != "meta":
+        return x.device.type
+    probe = current_probe(x)
+    return "cpu" if probe is None else probe.device_type
 
 
 def _runs_on_cpu(x: Tensor) -> bool:
-    """On the CPU, or planned for it: a dry run says for which device."""
-    if x.device.type != "meta":
-        return x.device.type == "cpu"
-    probe = current_probe(x)
-    return probe is None or probe.device_type == "cpu"
+    return _device_type(x) == "cpu"
 
 
 def _as_rows(x: Tensor) -> Tensor | None:
@@ -134,7 +145,8 @@ def attention(
     Returns:
         ``[n, S, H * D]``.
     """
-    if _runs_on_cpu(q) and _attention_is_ours(q.dtype, q.shape[-1]) and _takes(q, k, v, mask):
+    ours = _attention_is_ours(q.dtype, q.shape[-1], _device_type(q))
+    if ours and _takes(q, k, v, mask):
         y = ops.attention(q, k, v, bias=mask, scale=scale, out=q if overwrite else None)
         return y.flatten(2)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))

@@ -91,9 +91,12 @@ def attention(
 
     On the CPU float16, and bfloat16 without AVX512-BF16, are computed in float32; with it, the
     weights are rounded to bfloat16 for the second product, as torch's own kernel does. On a GPU
-    this is torch's scaled_dot_product_attention on the same views, and a copy to ``out``.
+    this is torch's scaled_dot_product_attention on the same views, and a copy to ``out``; with
+    ``ACCELRT_CUDA_PRODUCTS=own`` a kernel of ours, which writes to ``out``, takes 16-bit tensors
+    with ``D`` a multiple of 8, whose pointers and strides are multiples of 16 bytes.
 
-    Source: FlashAttention (arXiv 2205.14135), the online softmax over blocks of keys.
+    Source: FlashAttention (arXiv 2205.14135), the online softmax over blocks of keys;
+    FlashAttention-2 (arXiv 2307.08691) on a GPU.
     """
     if q.dtype == torch.float64:
         return reference.attention(q, k, v, bias=bias, scale=scale, out=out)

@@ -1,5 +1,5 @@
-// Products by our own kernels, for a program without another library. CPU only: on CUDA there are
-// no products of ours.
+// Products by our own kernels, for a program without another library. On CUDA there is attention
+// alone, for what attention_cuda_takes() says; linear throws there.
 #pragma once
 
 #include "blocks/products.h"

@@ -5,8 +5,10 @@ namespace accelrt::sim {
 namespace {
 
 const Register kAttention("attention", [](const Arguments& a) {
+  // "q" alone: out is q.
+  const OptionalView out = a.optional("out");
   attention(a.tensor("q"), a.tensor("k"), a.tensor("v"), a.optional("bias"), a.number("scale"),
-            a.tensor("out"));
+            out ? *out : a.tensor("q"));
 });
 
 }  // namespace

@@ -1,5 +1,9 @@
 #include "kernels/attention/attention.h"
 
+#include <cstdint>
+
+#include "accelrt/backend.h"
+
 namespace accelrt {
 namespace {
 
@@ -50,12 +54,8 @@ void check_attention(const TensorView& q, const TensorView& k, const TensorView&
                 ": out overlaps k or v");
 }
 
-void attention(const TensorView& q, const TensorView& k, const TensorView& v,
-               const OptionalView& bias, double scale, const TensorView& out, Stream) {
-  ACCELRT_CHECK(q.device == Device::kCPU, kOp, ": the core has no CUDA kernel");
-  check_attention(q, k, v, bias, out);
-  if (q.numel() == 0) return;
-
+AttentionParams attention_params(const TensorView& q, const TensorView& k, const TensorView& v,
+                                 const OptionalView& bias, double scale, const TensorView& out) {
   AttentionParams params;
   params.q = q.data;
   params.k = k.data;
@@ -77,6 +77,36 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v,
   params.head_dim = static_cast<int>(q.size[3]);
   params.scale = scale;
   params.dtype = q.dtype;
+  return params;
+}
+
+bool attention_cuda_takes(const AttentionParams& p) {
+  constexpr int kLanes = 8;  // 16-bit elements of 16 bytes
+  const auto aligned = [&](const void* data, const TokenStrides& stride, int64_t tokens) {
+    const auto steps = [](int64_t size, int64_t by) { return size <= 1 || by % kLanes == 0; };
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && steps(p.batch, stride.batch) &&
+           steps(tokens, stride.token) && steps(p.heads, stride.head);
+  };
+  return p.dtype != DType::kFloat32 && p.head_dim % kLanes == 0 && p.keys <= INT32_MAX - 512 &&
+         aligned(p.q, p.q_stride, p.queries) && aligned(p.k, p.k_stride, p.keys) &&
+         aligned(p.v, p.v_stride, p.keys) && aligned(p.out, p.out_stride, p.queries);
+}
+
+void attention(const TensorView& q, const TensorView& k, const TensorView& v,
+               const OptionalView& bias, double scale, const TensorView& out, Stream stream) {
+  check_attention(q, k, v, bias, out);
+  if (q.numel() == 0) return;
+  const AttentionParams params = attention_params(q, k, v, bias, scale, out);
+  if (q.device == Device::kCUDA) {
+    ACCELRT_CHECK(
+        attention_cuda_takes(params), kOp,
+        ": the CUDA kernel takes bfloat16 and float16, a head dim that is a multiple of 8 "
+        "and q, k, v and out aligned to 16 bytes; these are ",
+        name_of(q.dtype), " with head dim ", params.head_dim,
+        params.head_dim % 8 == 0 ? ", or not aligned" : "");
+    ACCELRT_CALL_CUDA(launch_attention, params, stream);
+    return;
+  }
   ACCELRT_CALL_CPU_TILES(attention_cpu, params);
 }
 

@@ -1,8 +1,9 @@
 // Softmax attention by stride, without a matrix of scores.
 // q, out: [B, S, H, D]; k, v: [B, L, H, D]; bias, added to the scaled scores: [B or 1, H or 1,
 // S or 1, L]. The last stride is 1, the others are free. D <= 256, L >= 1. out may be q.
-// A row whose bias is -inf throughout gives zeros. There are kernels for the CPU alone: on a GPU
-// the library's flash attention has nothing left to fuse, so the bindings call that.
+// A row whose bias is -inf throughout gives zeros. The CUDA kernel takes what
+// attention_cuda_takes() says; the bindings prefer the library's (ACCELRT_CUDA_PRODUCTS), and give
+// it the rest.
 #pragma once
 
 #include "accelrt/cpu_isa.h"
@@ -43,7 +44,16 @@ struct AttentionParams {
 void check_attention(const TensorView& q, const TensorView& k, const TensorView& v,
                      const OptionalView& bias, const TensorView& out);
 
-// The scratch of a thread is allocated within and is below 512 KiB whatever the sizes.
+// Of checked tensors.
+AttentionParams attention_params(const TensorView& q, const TensorView& k, const TensorView& v,
+                                 const OptionalView& bias, double scale, const TensorView& out);
+
+// 16-bit elements, D a multiple of 8, and q, k, v and out aligned to 16 bytes: their pointers, and
+// the strides of dimensions longer than one. The bias may lie anywhere.
+bool attention_cuda_takes(const AttentionParams& params);
+
+// On the CPU the scratch of a thread is allocated within and is below 512 KiB whatever the sizes;
+// on CUDA there is none, and what attention_cuda_takes() declines throws.
 void attention(const TensorView& q, const TensorView& k, const TensorView& v,
                const OptionalView& bias, double scale, const TensorView& out,
                Stream stream = nullptr);
@@ -51,5 +61,6 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v,
 ACCELRT_DECLARE_CPU(attention_cpu, AttentionParams)
 ACCELRT_DECLARE_CPU_BF16(attention_cpu, AttentionParams)
 ACCELRT_DECLARE_CPU_TILES(attention_cpu, AttentionParams)
+void launch_attention(const AttentionParams& params, Stream stream);
 
 }  // namespace accelrt

@@ -1,6 +1,7 @@
-// A unit is one (batch, pixel, head); a block computes kUnits neighbouring ones, whose channels
-// are contiguous, with kUnitThreads threads each. The head dim is cut into chunks that fit the
-// shared memory as floats, which bounds it whatever T and D are:
+// For float32, and for 16-bit elements that are not in whole chunks; the others have
+// temporal_attention_tiles.cuh. A unit is one (batch, pixel, head); a block computes kUnits
+// neighbouring ones, whose channels are contiguous, with kUnitThreads threads each. The head dim is
+// cut into chunks that fit the shared memory as floats, which bounds it whatever T and D are:
 // 1. scores: for each chunk, q and k go to shared memory and every thread adds to its 4 x
 //    kThreadCols scores in registers;
 // 2. softmax in registers: the threads of a score row are neighbours in a warp;
