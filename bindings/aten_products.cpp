@@ -154,6 +154,17 @@ bool own_linear_is_faster(DType dtype, int64_t depth) {
   return false;
 }
 
+bool own_cuda_linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
+                     LinearEpilogue epilogue, const OptionalView& gate, int64_t rows_per_sample,
+                     const TensorView& out, Stream stream) {
+  if (x.device != Device::kCUDA || !own_cuda_products()) return false;
+  if (!linear_cuda_takes(linear_params(x, weight, bias, epilogue, gate, rows_per_sample, out))) {
+    return false;
+  }
+  accelrt::linear(x, weight, bias, epilogue, gate, rows_per_sample, out, stream);
+  return true;
+}
+
 bool own_attention_is_faster(DType dtype, int64_t head_dim) {
   const bool fast = dtype == DType::kBFloat16 ? has_best_bfloat16() : active_isa() >= Isa::kAVX512;
   return fast && head_dim <= kMaxAttentionDim;
@@ -171,12 +182,12 @@ bool own_cuda_attention(const TensorView& q, const TensorView& k, const TensorVi
 void FastestProducts::linear(const TensorView& x, const TensorView& weight,
                              const OptionalView& bias, const Epilogue& epilogue,
                              const TensorView& out, Stream stream) {
-  const bool ours = x.device == Device::kCPU && own_linear_is_faster(x.dtype, x.size[1]);
-  if (!ours) {
+  if (x.device == Device::kCPU && own_linear_is_faster(x.dtype, x.size[1])) {
+    accelrt::linear(x, weight, bias, epilogue.kind, epilogue.gate, epilogue.rows_per_sample, out);
+  } else if (!own_cuda_linear(x, weight, bias, epilogue.kind, epilogue.gate,
+                              epilogue.rows_per_sample, out, stream)) {
     AtenProducts::linear(x, weight, bias, epilogue, out, stream);
-    return;
   }
-  accelrt::linear(x, weight, bias, epilogue.kind, epilogue.gate, epilogue.rows_per_sample, out);
 }
 
 void FastestProducts::attention(const TensorView& q, const TensorView& k, const TensorView& v,

@@ -33,6 +33,12 @@ class AtenProducts : public Products {
 bool own_linear_is_faster(DType dtype, int64_t depth);
 bool own_attention_is_faster(DType dtype, int64_t head_dim);
 
+// A product on CUDA by our kernel, if own_cuda_products() and it takes the call. False: nothing was
+// done.
+bool own_cuda_linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
+                     LinearEpilogue epilogue, const OptionalView& gate, int64_t rows_per_sample,
+                     const TensorView& out, Stream stream);
+
 // Attention on CUDA by our kernel, if own_cuda_products() and it takes the call. False: nothing was
 // done. The tensors are checked.
 bool own_cuda_attention(const TensorView& q, const TensorView& k, const TensorView& v,

@@ -37,6 +37,10 @@ STABLE_TORCH_LIBRARY(accelrt, m) {
       "float cross_scale, Tensor? cross_mask, Tensor? context, Tensor? keys, Tensor? values, "
       "Tensor ff_in_weight, Tensor? ff_in_bias, Tensor ff_out_weight, Tensor? ff_out_bias, "
       "int activation, int ff_rows, Tensor(b!) workspace) -> ()");
+  m.def(
+      "feed_forward(Tensor x, Tensor in_weight, Tensor? in_bias, Tensor out_weight, "
+      "Tensor? out_bias, int activation, Tensor? gate, int rows_per_sample, bool add, "
+      "Tensor(a!) out, Tensor(b!) scratch) -> ()");
   m.def("block_projection(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, Tensor(a!) out) -> ()");
   m.def("residual_blend(Tensor x, Tensor y, Tensor? alpha, float scale, Tensor(a!) out) -> ()");

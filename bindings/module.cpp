@@ -6,6 +6,7 @@
 #include "accelrt/cpu_isa.h"
 #include "accelrt/parallel.h"
 #include "aten_products.h"
+#include "blocks/feed_forward.h"
 #include "kernel_launcher_bindings.h"
 #include "memory.h"
 #include "products_choice.h"
@@ -88,6 +89,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cuda_products", [] { return accelrt::bindings::own_cuda_products() ? "own" : "torch"; },
       "Who makes products and attention of CUDA tensors (see ACCELRT_CUDA_PRODUCTS).");
+  m.def(
+      "feed_forward_cache_bytes",
+      [](bool cuda) {
+        return accelrt::feed_forward_cache_bytes(cuda ? accelrt::Device::kCUDA
+                                                      : accelrt::Device::kCPU);
+      },
+      py::arg("cuda"), "Scratch with which hidden activations stay in the cache.");
   m.def("set_cuda_products", &accelrt::bindings::set_cuda_products, py::arg("name"),
         "Force `torch` or `own` in this process.");
   accelrt::bindings::bind_memory(m);

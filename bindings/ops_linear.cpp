@@ -14,13 +14,18 @@ void linear_cpu_op(const Tensor& x, const Tensor& weight, const OptionalTensor& 
          view_of(gate), rows_per_sample, view_of(out));
 }
 
-// By decision the library's products: cuBLASLt is the fast path on CUDA.
+// cuBLASLt, unless our kernel was asked for and takes the call.
 void linear_cuda_op(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                     int64_t epilogue, const OptionalTensor& gate, int64_t rows_per_sample,
                     const Tensor& out) {
   const DeviceScope scope(x);
+  const auto kind = static_cast<LinearEpilogue>(epilogue);
+  if (own_cuda_linear(view_of(x), view_of(weight), view_of(bias), kind, view_of(gate),
+                      rows_per_sample, view_of(out), scope.stream())) {
+    return;
+  }
   Epilogue what;
-  what.kind = static_cast<LinearEpilogue>(epilogue);
+  what.kind = kind;
   what.gate = view_of(gate);
   what.rows_per_sample = rows_per_sample;
   const Tensor scratch = torch::stable::new_empty(out, {out.size(0), weight.size(0)});

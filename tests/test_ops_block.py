@@ -341,22 +341,61 @@ def test_compiles():
     assert torch.equal(compiled(args[0]), expected)
 
 
+def run_without_torch(sim_dir, sanitizer, device, args, keywords, monkeypatch):
+    """The block in the simulator's process, with our products."""
+    values = native_arguments(args, keywords, monkeypatch)
+    schema = torch.ops.accelrt.transformer_block.default._schema
+    named = {a.name: v for a, v in zip(schema.arguments, values, strict=True)}
+    for name in ("workspace", "keys", "values", "cross_heads", "cross_scale"):
+        del named[name]
+    named |= {k: v.contiguous() for k, v in named.items() if isinstance(v, torch.Tensor)}
+    named = {k: v for k, v in named.items() if v is not None}
+    binary = sim_dir / f"accelrt_sim_{sanitizer}"
+    return run_simulator(binary, "transformer_block", device, **named)["stream"]
+
+
 @all_dtypes
 @torch.no_grad()
 def test_without_torch_under_asan(sim_dir, dtype, monkeypatch):
     for single, rows, heads in ((False, 4, None), (True, None, None), (True, 4, 1)):
         block = make_block(dtype, single=single, heads=2, dim=12)
         stock, args, keywords = stock_and_ours(block, 2, 9, dtype, masked=True)
-        slices = {"ff_rows": rows, "heads_per_slice": heads}
-        values = native_arguments(args, {**keywords, **slices}, monkeypatch)
-        schema = torch.ops.accelrt.transformer_block.default._schema
-        named = {a.name: v for a, v in zip(schema.arguments, values, strict=True)}
-        for name in ("workspace", "keys", "values", "cross_heads", "cross_scale"):
-            del named[name]
-        named |= {k: v.contiguous() for k, v in named.items() if isinstance(v, torch.Tensor)}
-        named = {k: v for k, v in named.items() if v is not None}
-        result = run_simulator(sim_dir / "accelrt_sim_asan", "transformer_block", "cpu", **named)
-        assert_as_good_as(result["stream"], stock, truth_of(args, keywords))
+        truth = truth_of(args, keywords)
+        options = {**keywords, "ff_rows": rows, "heads_per_slice": heads}
+        result = run_without_torch(sim_dir, "asan", "cpu", args, options, monkeypatch)
+        assert_as_good_as(result, stock, truth)
+
+
+def check_cuda_sources(
+    sim_dir, sanitizer, monkeypatch, *, dim, batch, rows, activation, heads_at_once=None, **form
+):
+    dtype = torch.bfloat16
+    block = make_block(dtype, dim=dim, activation=activation, **form)
+    stock, args, keywords = stock_and_ours(
+        block, batch, 9, dtype, activation=activation, masked=True
+    )
+    truth = truth_of(args, keywords)
+    options = {**keywords, "ff_rows": rows, "heads_per_slice": heads_at_once}
+    result = run_without_torch(sim_dir, sanitizer, "cuda", args, options, monkeypatch)
+    assert_as_good_as(result, stock, truth)
+
+
+@torch.no_grad()
+def test_cuda_sources_of_the_whole_block(sim_dir, monkeypatch):
+    """Every kernel of the block in the simulator, one after the other, with nothing of torch."""
+    for single, rows, activation in ((False, 4, "gelu_tanh"), (True, None, "geglu")):
+        check_cuda_sources(
+            sim_dir, "asan", monkeypatch, single=single, heads=2, dim=24, batch=2, rows=rows,
+            activation=activation, heads_at_once=None if single else 1,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def test_cuda_sources_of_the_whole_block_without_races(sim_dir, monkeypatch):
+    check_cuda_sources(
+        sim_dir, "tsan", monkeypatch, single=True, heads=1, dim=16, batch=1, rows=5,
+        activation="geglu",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

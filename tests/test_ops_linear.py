@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ops_common import all_devices, all_dtypes, assert_as_good_as, strided_like
-from sim import run_simulator
+from sim import SimulatorError, run_simulator
 
 from accelrt import ops, reference
 
@@ -181,3 +181,112 @@ def test_cpu_source_under_asan(sim_dir, dtype):
             epilogue=0, rows_per_sample=1, out=torch.zeros(shape[:2], dtype=dtype), gate=None,
         )  # fmt: skip
         check(result["out"], x, weight, bias)
+
+
+EPILOGUES = {None: 0, "gelu": 1, "gelu_tanh": 2, "add": 3, "geglu": 4, "geglu_tanh": 5}
+low_dtypes = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"]
+)
+
+
+@pytest.fixture(params=["small", "large"])
+def tile(request, monkeypatch) -> str:
+    """The launcher's choice: on many multiprocessors the small tile, on one the large one where
+    the result nearly fills it."""
+    count = {"small": 1000, "large": 1}[request.param]
+    monkeypatch.setenv("ACCELRT_SIM_MULTIPROCESSORS", str(count))
+    return request.param
+
+
+def simulate(sim_dir, x, weight, bias, epilogue, out, gate=None, *, sanitizer="asan"):
+    return run_simulator(
+        sim_dir / f"accelrt_sim_{sanitizer}", "linear", x=x, weight=weight, bias=bias, gate=gate,
+        epilogue=EPILOGUES[epilogue], out=out,
+        rows_per_sample=1 if gate is None else len(x) // len(gate),
+    )["out"]  # fmt: skip
+
+
+def check_cuda(sim_dir, shape, epilogue, dtype, **options):
+    """Of a product whose result is of this shape."""
+    rows, columns, depth = shape
+    doubled = epilogue is not None and epilogue.startswith("geglu")
+    x, weight, bias = inputs((rows, 2 * columns if doubled else columns, depth), dtype)
+    out = torch.full((rows, columns), float("nan"), dtype=dtype)
+    result = simulate(sim_dir, x, weight, bias, epilogue, out, **options)
+    check(result, x, weight, bias, epilogue)
+
+
+@low_dtypes
+def test_cuda_source(sim_dir, tile, dtype):
+    """Tails of both tiles; rows of the result that are aligned and not; a last group of columns."""
+    cases = {
+        "small": [
+            ((1, 8, 8), None), ((7, 24, 40), "gelu"), ((19, 100, 72), "geglu"),
+            ((111, 130, 328), "gelu_tanh"), ((130, 8, 72), "geglu_tanh"), ((130, 600, 8), None),
+            ((70, 33, 40), "geglu"), ((130, 24, 0), "gelu"),
+        ],
+        "large": [
+            ((111, 100, 8), "gelu"), ((111, 100, 40), "geglu"), ((111, 100, 328), None),
+            ((250, 240, 40), "gelu_tanh"), ((97, 111, 72), "geglu_tanh"),
+        ],
+    }  # fmt: skip
+    for shape, epilogue in cases[tile][:: 1 if dtype == torch.bfloat16 else 2]:
+        check_cuda(sim_dir, shape, epilogue, dtype)
+
+
+@low_dtypes
+def test_cuda_source_of_a_gated_sum(sim_dir, tile, dtype):
+    x, weight, bias = inputs((111, 104, 40), dtype)
+    y = F.linear(x, weight, bias)
+    # Aligned rows of 16 bytes, and rows at 3 elements more.
+    for samples, padding in ((None, 0), (3, 8), (37, 3)):
+        before = torch.randn(111, 104 + padding).to(dtype)[:, :104]
+        gate = None
+        if samples is not None:
+            gate = torch.randn(samples, 104 + padding).to(dtype)[:, :104]
+        wide = None if gate is None else gate.double()
+        truth = reference.linear(
+            x.double(), weight.double(), bias.double(), gate=wide, add_to=before.double().clone()
+        )
+        rows = 1 if gate is None else gate.repeat_interleave(111 // samples, dim=0)
+        result = simulate(sim_dir, x, weight, bias, "add", before, gate)
+        assert_as_good_as(result, before + rows * y, truth)
+
+
+@low_dtypes
+def test_cuda_source_of_rows_with_gaps(sim_dir, tile, dtype):
+    """What lies between the rows is no number: it is neither read nor written."""
+
+    def with_gaps(t, gap):
+        padded = torch.full((t.shape[0], t.shape[1] + gap), float("nan"), dtype=dtype)
+        padded[:, : t.shape[1]] = t
+        return padded[:, : t.shape[1]]
+
+    x, weight, _ = inputs((111, 100, 72), dtype)
+    for gap in (8, 5):
+        out = with_gaps(torch.zeros(111, 100, dtype=dtype), gap)
+        result = simulate(sim_dir, with_gaps(x, 8), with_gaps(weight, 16), None, None, out)
+        check(result, x, weight, None)
+        beside = torch.as_strided(result, (110, gap), (100 + gap, 1), 100)
+        assert bool(beside.isnan().all())
+
+
+def test_cuda_source_without_races(sim_dir, tile):
+    cases = {
+        "small": [((19, 24, 328), "geglu"), ((130, 100, 40), "gelu")],
+        "large": [((111, 100, 136), None), ((111, 100, 40), "geglu_tanh")],
+    }
+    for shape, epilogue in cases[tile]:
+        check_cuda(sim_dir, shape, epilogue, torch.bfloat16, sanitizer="tsan")
+
+
+def test_cuda_source_declines(sim_dir):
+    """By name: other dtypes, and rows that are not aligned to 16 bytes."""
+    allowed = "multiple of 8 and rows aligned to 16 bytes"
+    for dtype, depth, gap in (
+        (torch.float32, 8, 0), (torch.bfloat16, 12, 0), (torch.float16, 8, 4)
+    ):  # fmt: skip
+        _, weight, bias = inputs((6, 4, depth), dtype)
+        x = torch.zeros(6, depth + gap, dtype=dtype)[:, :depth]
+        with pytest.raises(SimulatorError, match=f"no {str(dtype)[6:]} .6, {depth}.*{allowed}"):
+            simulate(sim_dir, x, weight, bias, None, torch.zeros(6, 4, dtype=dtype))

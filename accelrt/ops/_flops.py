@@ -48,9 +48,17 @@ def product_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     return int(2 * x[0] * x[1] * weight[0])
 
 
+def feed_forward_flops(*args: Any, **_: Any) -> int:
+    """FLOPs of ``feed_forward``; tensors are given as their shapes."""
+    given = _named("feed_forward", args)
+    weights = (given["in_weight"], given["out_weight"])
+    return int(sum(2 * given["x"][0] * rows * columns for rows, columns in weights))
+
+
 def register() -> None:
     """Let ``torch.utils.flop_counter.FlopCounterMode`` count them."""
     ops: Any = torch.ops.accelrt
     register_flop_formula(ops.transformer_block)(block_flops)
+    register_flop_formula(ops.feed_forward)(feed_forward_flops)
     register_flop_formula(ops.attention)(attention_flops)
     register_flop_formula([ops.linear, ops.block_projection])(product_flops)

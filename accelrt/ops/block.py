@@ -19,6 +19,7 @@ from accelrt.reference.block import (
 
 from ._library import check_cuda_built, check_shape, check_tensor, explain, fails, native
 from ._library import register_fake as _register_fake
+from .feed_forward import ACTIVATIONS
 
 __all__ = [
     "AttentionWeights",
@@ -34,7 +35,6 @@ __all__ = [
 
 _OP, _PROJECTION = "transformer_block", "block_projection"
 _ALIGNMENT = 64
-ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "geglu": 2}
 
 
 def context_keys(context: Tensor, weights: AttentionWeights) -> tuple[Tensor, Tensor]:
@@ -322,9 +322,10 @@ def _fake(
         _check_mask("cross_mask", cross_mask, (batch, cross_heads, length, tokens), stream)
     hidden = ff_in_weight.shape[0]
     _check_linear("ff_in", ff_in_weight, ff_in_bias, (hidden, width), stream)
-    if activation == ACTIVATIONS["geglu"] and hidden % 2:
+    gated = activation in (ACTIVATIONS["geglu"], ACTIVATIONS["geglu_tanh"])
+    if gated and hidden % 2:
         raise fails(_OP, f"ff_in_weight has {hidden} rows; geglu needs an even number")
-    shape = (width, hidden // 2 if activation == ACTIVATIONS["geglu"] else hidden)
+    shape = (width, hidden // 2 if gated else hidden)
     _check_linear("ff_out", ff_out_weight, ff_out_bias, shape, stream)
     check_tensor(_OP, "workspace", workspace, stream)
     if workspace.numel() and not workspace.is_contiguous():

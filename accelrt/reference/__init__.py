@@ -17,6 +17,7 @@ from .block import (
     NormWeights,
     transformer_block,
 )
+from .feed_forward import feed_forward
 from .group_norm import group_norm_apply, group_norm_merge, group_norm_stats
 from .layer_norm import gate_residual_layer_norm_modulate, layer_norm_modulate
 from .linear import linear
@@ -31,6 +32,7 @@ __all__ = [
     "NormWeights",
     "attention",
     "feature_delta",
+    "feed_forward",
     "gate_residual_layer_norm_modulate",
     "geglu",
     "gelu",

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._common import accumulation_dtype, store
-from .activations import geglu, gelu, gelu_tanh
 from .layer_norm import layer_norm_modulate
+from .linear import activated
 
 
 class LinearWeights(NamedTuple):
@@ -52,9 +52,9 @@ class FeedForwardWeights(NamedTuple):
     """A feed-forward layer with ``F`` hidden channels.
 
     Args:
-        hidden: ``[F, D]``; of ``"geglu"`` ``[2 * F, D]``, the values and then their gates.
+        hidden: ``[F, D]``; of a GEGLU ``[2 * F, D]``, the values and then their gates.
         out: ``[D, F]``.
-        activation: ``"gelu"``, ``"gelu_tanh"`` or ``"geglu"``.
+        activation: ``"gelu"``, ``"gelu_tanh"``, ``"geglu"`` or ``"geglu_tanh"``.
     """
 
     hidden: LinearWeights
@@ -104,7 +104,7 @@ def transformer_block(
         x = x + _attention(x, context, weights.cross, cross_mask, acc)
     ff = weights.feed_forward
     h = _linear(norm(weights.norm2, ff_scale, ff_shift), ff.hidden, acc)
-    h = {"gelu": gelu, "gelu_tanh": gelu_tanh, "geglu": geglu}[ff.activation](h)
+    h = activated(h, ff.activation)
     return store(x + ff_gate[:, None] * _linear(h, ff.out, acc), stream, stream)
 
 

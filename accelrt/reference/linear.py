@@ -19,6 +19,11 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def activated(y: Tensor, activation: str) -> Tensor:
+    """``y``, or with a GEGLU one half of its last dimension, activated."""
+    return _ACTIVATIONS[activation](y)
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -33,7 +38,7 @@ def linear(
     acc = accumulation_dtype(x)
     y = F.linear(x.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
     if activation is not None:
-        y = _ACTIVATIONS[activation](y)
+        y = activated(y, activation)
     if add_to is None:
         return store(y, x, out)
     if gate is not None:

@@ -16,7 +16,7 @@ struct Epilogue {
   OptionalView gate;
   int64_t rows_per_sample = 1;
   // Of kGatedResidual and the GEGLUs: memory for y, contiguous [M, rows of the weight], that may
-  // be left unused.
+  // be left unused. With a GEGLU out may be its first columns.
   TensorView scratch;
 };
 

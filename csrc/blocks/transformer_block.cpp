@@ -2,77 +2,15 @@
 
 #include <algorithm>
 
-#include "kernels/geglu/geglu.h"
+#include "blocks/views.h"
 #include "kernels/layer_norm/layer_norm.h"
 
 namespace accelrt {
 namespace {
 
 constexpr const char* kOp = "transformer_block";
-constexpr int64_t kAlignment = 64;
 
-int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
-// ---- Views ------------------------------------------------------------------------------------
-
-TensorView contiguous(void* data, const TensorView& like, std::initializer_list<int64_t> sizes) {
-  TensorView view;
-  view.data = data;
-  view.dtype = like.dtype;
-  view.device = like.device;
-  for (const int64_t size : sizes) view.size[view.ndim++] = size;
-  int64_t stride = 1;
-  for (int d = view.ndim - 1; d >= 0; --d) {
-    view.stride[d] = stride;
-    stride *= view.size[d];
-  }
-  return view;
-}
-
-void* offset_by(const TensorView& t, int64_t elements) {
-  return static_cast<char*>(t.data) + elements * size_of(t.dtype);
-}
-
-// [.., n, ..] -> the `index`th of dimension d, which goes.
-TensorView selected(const TensorView& t, int d, int64_t index) {
-  TensorView view = t;
-  view.data = offset_by(t, index * t.stride[d]);
-  for (int i = d; i + 1 < t.ndim; ++i) {
-    view.size[i] = t.size[i + 1];
-    view.stride[i] = t.stride[i + 1];
-  }
-  --view.ndim;
-  return view;
-}
-
-TensorView narrowed(const TensorView& t, int d, int64_t begin, int64_t count) {
-  TensorView view = t;
-  view.data = offset_by(t, begin * t.stride[d]);
-  view.size[d] = count;
-  return view;
-}
-
-// A contiguous [B, S, D] as [B * S, D].
-TensorView as_rows(const TensorView& t) {
-  return contiguous(t.data, t, {t.size[0] * t.size[1], t.size[2]});
-}
-
-// [B * S, heads * D] with any row stride as [B, S, heads, D].
-TensorView by_head(const TensorView& rows, int64_t batch, int64_t heads) {
-  TensorView view = rows;
-  const int64_t length = rows.size[0] / std::max<int64_t>(batch, 1);
-  const int64_t dim = rows.size[1] / heads;
-  view.ndim = 4;
-  view.size[0] = batch;
-  view.size[1] = length;
-  view.size[2] = heads;
-  view.size[3] = dim;
-  view.stride[0] = length * rows.stride[0];
-  view.stride[1] = rows.stride[0];
-  view.stride[2] = dim;
-  view.stride[3] = 1;
-  return view;
-}
+using namespace blocks;
 
 // ---- Sizes ------------------------------------------------------------------------------------
 
@@ -128,7 +66,7 @@ struct Layout {
   int64_t part;
   int64_t slice_keys, slice_values;
   int64_t context_keys, context_values;
-  int64_t hidden, hidden_y;
+  int64_t hidden;
   int64_t total;
 
   explicit Layout(const Shape& s) {
@@ -137,8 +75,7 @@ struct Layout {
     context_keys = 2 * part;
     context_values = context_keys + projected;
     hidden = part;
-    hidden_y = hidden + s.bytes(s.ff_rows, s.hidden);
-    const int64_t ff_end = hidden_y + s.bytes(s.ff_rows, s.width);
+    const int64_t ff_end = hidden + s.bytes(s.ff_rows, s.hidden) + s.bytes(s.ff_rows, s.width);
     const int64_t slice = s.bytes(s.rows, s.slice_columns);
     slice_keys = 2 * part;
     slice_values = slice_keys + slice;
@@ -235,7 +172,7 @@ class Forward {
                                       p_.cross ? std::nullopt : OptionalView(mod(2)), norm.weight,
                                       norm.bias, mod(4), mod(3), std::nullopt, std::nullopt,
                                       norm.eps, by_sample(x), p_.stream, stream_);
-    feed_forward(x);
+    add_feed_forward(x);
   }
 
  private:
@@ -368,33 +305,18 @@ class Forward {
   }
 
   // Adds gate * ff(x) to the stream, x: [B * S, D].
-  void feed_forward(const TensorView& x) const {
-    const FeedForward& ff = p_.feed_forward;
-    const TensorView out = as_rows(p_.stream);
-    const int64_t step = shape_.ff_rows;
-    const bool whole_samples = step >= shape_.length;
-    for (int64_t begin = 0; begin < shape_.rows;) {
-      const int64_t sample = begin / shape_.length;
-      const int64_t limit = whole_samples ? shape_.rows : (sample + 1) * shape_.length;
-      const int64_t count = std::min(step, limit - begin);
-      TensorView hidden = at(layout_.hidden, count, shape_.hidden);
-      Epilogue activate;
-      if (ff.activation == HiddenActivation::kGELU) activate.kind = LinearEpilogue::kGELU;
-      if (ff.activation == HiddenActivation::kGELUTanh) activate.kind = LinearEpilogue::kGELUTanh;
-      linear(narrowed(x, 0, begin, count), ff.in, hidden, activate);
-      if (ff.activation == HiddenActivation::kGEGLU) {
-        const TensorView values = narrowed(hidden, 1, 0, shape_.hidden / 2);
-        geglu(hidden, std::nullopt, ActivationKind::kGELU, values, stream_);
-        hidden = values;
-      }
-      Epilogue add;
-      add.kind = LinearEpilogue::kGatedResidual;
-      add.gate = narrowed(mod(5), 0, sample, (count + shape_.length - 1) / shape_.length);
-      add.rows_per_sample = std::min(shape_.length, whole_samples ? shape_.length : count);
-      add.scratch = at(layout_.hidden_y, count, shape_.width);
-      linear(hidden, ff.out, narrowed(out, 0, begin, count), add);
-      begin += count;
-    }
+  void add_feed_forward(const TensorView& x) const {
+    FeedForwardParams ff;
+    ff.x = x;
+    ff.layers = p_.feed_forward;
+    ff.layers.rows = shape_.ff_rows;
+    ff.gate = mod(5);
+    ff.rows_per_sample = shape_.length;
+    ff.add = true;
+    ff.out = as_rows(p_.stream);
+    ff.scratch = static_cast<char*>(p_.workspace) + layout_.hidden;
+    ff.scratch_bytes = layout_.total - layout_.hidden;
+    feed_forward(ff, products_, stream_);
   }
 
   const TransformerBlockParams& p_;
@@ -439,8 +361,8 @@ void check(const TransformerBlockParams& p) {
   check_mask("mask", a, s, s.length, x);
   if (p.cross) check_cross(*p.cross, s, x);
   const int kind = static_cast<int>(ff.activation);
-  ACCELRT_CHECK(kind >= 0 && kind <= 2, kOp, ": unknown activation ", kind);
-  const bool geglu = ff.activation == HiddenActivation::kGEGLU;
+  ACCELRT_CHECK(kind >= 0 && kind <= 3, kOp, ": unknown activation ", kind);
+  const bool geglu = is_geglu(ff.activation);
   ACCELRT_CHECK(!geglu || s.hidden % 2 == 0, kOp, ": the feed-forward has ", s.hidden,
                 " hidden columns, expected an even number");
   check_linear("ff in", ff.in, s.hidden, s.width, x);

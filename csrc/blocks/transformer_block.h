@@ -7,14 +7,9 @@
 // Products and attention come from `Products`, the rest from our kernels; nothing is allocated.
 #pragma once
 
-#include "blocks/products.h"
+#include "blocks/feed_forward.h"
 
 namespace accelrt {
-
-struct LinearWeights {
-  TensorView weight;  // [N, K], contiguous
-  OptionalView bias;  // [N]
-};
 
 struct NormWeights {
   OptionalView weight;  // [D]; none: ones
@@ -38,15 +33,6 @@ struct CrossAttention {
   OptionalView context;  // [B, L, E], rows contiguous
   OptionalView keys;     // [B, L, H, head dim]
   OptionalView values;
-};
-
-enum class HiddenActivation : int { kGELU = 0, kGELUTanh = 1, kGEGLU = 2 };
-
-struct FeedForward {
-  LinearWeights in;   // [F, D], or [2 F, D] of GEGLU: the values, then their gates
-  LinearWeights out;  // [D, F]
-  HiddenActivation activation = HiddenActivation::kGELU;
-  int64_t rows = 0;  // tokens whose hidden activations exist at once; 0: all
 };
 
 struct TransformerBlockParams {

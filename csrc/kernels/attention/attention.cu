@@ -1,23 +1,10 @@
 #include "kernels/attention/attention.cuh"
+#include "runtime/device_info.h"
 
 namespace accelrt {
 namespace {
 
 constexpr const char* kOp = "attention";
-
-int multiprocessors() {
-#if defined(ACCELRT_HOST_SIM)
-  return 1;
-#else
-  int device = 0, count = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  }
-  ACCELRT_CHECK(status == cudaSuccess, kOp, ": ", cudaGetErrorString(status));
-  return count;
-#endif
-}
 
 template <typename T, int kDim>
 void launch_one(const AttentionLaunch& arguments, Stream stream) {
@@ -31,7 +18,7 @@ void launch_one(const AttentionLaunch& arguments, Stream stream) {
   // Large blocks read keys and values less often, but none of them is idle, and as long as there
   // are fewer of them than multiprocessors, smaller ones are better.
   int warps = Traits::kMaxWarps;
-  const int enough = multiprocessors();
+  const int enough = current_device_info().multiprocessors;
   while (warps > 1 && (blocks(warps / 2) == blocks(warps) || blocks(warps) < enough)) warps /= 2;
   LaunchConfig config;
   config.grid_x = blocks(warps);

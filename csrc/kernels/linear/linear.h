@@ -1,11 +1,11 @@
-// out = epilogue(x weight^T + bias), a product of rows with a weight matrix. CPU only: on CUDA the
-// library's products are the fast path.
+// out = epilogue(x weight^T + bias), a product of rows with a weight matrix.
 //
 // x: [M, K], weight: [N, K], bias: [N], out: [M, N]; the last strides one, the row strides free.
 // With a GEGLU weight and bias have 2 N rows: the values, then the gates.
 // out overlaps no input. Sums are in float32 and rounded once, after the epilogue.
-// Memory beside: a panel of the weights per thread, 32 rows of K (twice the size of bfloat16 where
-// the processor has no products of it); with tile registers below 512 KiB whatever K.
+// Memory beside, on the CPU: a panel of the weights per thread, 32 rows of K (twice the size of
+// bfloat16 where the processor has no products of it); with tile registers below 512 KiB whatever
+// K. On CUDA none; linear_cuda_takes says what its kernel computes, a library has the rest.
 #pragma once
 
 #include "accelrt/cpu_isa.h"
@@ -44,12 +44,23 @@ struct LinearParams {
   DType dtype = DType::kFloat32;
 };
 
+// Throws unless the tensors are as above.
+LinearParams linear_params(const TensorView& x, const TensorView& weight, const OptionalView& bias,
+                           LinearEpilogue epilogue, const OptionalView& gate,
+                           int64_t rows_per_sample, const TensorView& out);
+
+// Whether the CUDA kernel computes it: bfloat16 and float16, K a multiple of 8, the rows of x and
+// of the weights aligned to 16 bytes. out, bias and gate may lie anywhere.
+bool linear_cuda_takes(const LinearParams& params);
+
+// Throws on CUDA if the kernel does not take it.
 void linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
             LinearEpilogue epilogue, const OptionalView& gate, int64_t rows_per_sample,
-            const TensorView& out);
+            const TensorView& out, Stream stream = nullptr);
 
 ACCELRT_DECLARE_CPU(linear_cpu, LinearParams)
 ACCELRT_DECLARE_CPU_BF16(linear_cpu, LinearParams)
 ACCELRT_DECLARE_CPU_TILES(linear_cpu, LinearParams)
+void launch_linear(const LinearParams& params, Stream stream);
 
 }  // namespace accelrt
