@@ -1,7 +1,7 @@
 // Run-time choice of the CPU instruction set. Every <op>_cpu.cpp is compiled once per
 // instruction set, in a namespace of that name; avx512bf16 alone only for the operators whose
-// matrix products gain by it (ACCELRT_BF16_OPS in CMakeLists.txt). The others run their avx512
-// kernels there: the conversion instructions of AVX512-BF16 flush subnormals, theirs do not.
+// matrix products or roundings gain by it (ACCELRT_BF16_OPS in CMakeLists.txt). The others run
+// their avx512 kernels there. The instructions of AVX512-BF16 take subnormals for zeros.
 //
 // Some of these have an <op>_tiles.cpp for bfloat16 on the tile registers of AMX, compiled
 // with the instructions (amx) and with their emulation (amx_emulated). What else is called at

@@ -60,10 +60,14 @@ struct Vec {
   }
 };
 
-// a * b + c; one rounding where the instruction set has it. With a NaN, min and max return b.
+// a * b + c and c - a * b; one rounding where the instruction set has it. With a NaN, min and max
+// return b.
 #if defined(__AVX512F__)
 inline Vec fma(Vec a, Vec b, Vec c) {
   return (VFloat)_mm512_fmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v);
+}
+inline Vec fnma(Vec a, Vec b, Vec c) {
+  return (VFloat)_mm512_fnmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v);
 }
 inline Vec min(Vec a, Vec b) { return (VFloat)_mm512_min_ps((__m512)a.v, (__m512)b.v); }
 inline Vec max(Vec a, Vec b) { return (VFloat)_mm512_max_ps((__m512)a.v, (__m512)b.v); }
@@ -71,14 +75,19 @@ inline Vec max(Vec a, Vec b) { return (VFloat)_mm512_max_ps((__m512)a.v, (__m512
 inline Vec fma(Vec a, Vec b, Vec c) {
   return (VFloat)_mm256_fmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v);
 }
+inline Vec fnma(Vec a, Vec b, Vec c) {
+  return (VFloat)_mm256_fnmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v);
+}
 inline Vec min(Vec a, Vec b) { return (VFloat)_mm256_min_ps((__m256)a.v, (__m256)b.v); }
 inline Vec max(Vec a, Vec b) { return (VFloat)_mm256_max_ps((__m256)a.v, (__m256)b.v); }
 #elif defined(__SSE2__)
 inline Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
+inline Vec fnma(Vec a, Vec b, Vec c) { return c.v - a.v * b.v; }
 inline Vec min(Vec a, Vec b) { return (VFloat)_mm_min_ps((__m128)a.v, (__m128)b.v); }
 inline Vec max(Vec a, Vec b) { return (VFloat)_mm_max_ps((__m128)a.v, (__m128)b.v); }
 #else
 inline Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }
+inline Vec fnma(Vec a, Vec b, Vec c) { return c.v - a.v * b.v; }
 inline Vec min(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
 inline Vec max(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
 #endif
@@ -151,7 +160,8 @@ inline Vec load(const float16* p) {
 
 inline void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof(a.v)); }
 
-// The bits of the nearest bfloat16 in the high half of each lane, anything in the low half.
+// The bits of the nearest bfloat16 in the high half of each lane, anything in the low half. Where
+// there are instructions for it (AVX512-BF16), stores use those, which flush subnormals to zero.
 inline VUInt bfloat16_high_bits(Vec a) {
 #if defined(__AVX512F__)
   const __m512i u = (__m512i)a.v;
@@ -170,7 +180,9 @@ inline VUInt bfloat16_high_bits(Vec a) {
 inline VUInt bfloat16_bits(Vec a) { return bfloat16_high_bits(a) >> 16; }
 
 inline void store(bfloat16* p, Vec a) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)a.v));
+#elif defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtepi32_epi16((__m512i)bfloat16_bits(a)));
 #elif defined(__AVX2__)
@@ -223,7 +235,14 @@ inline void store_pair(T* p, Vec a, Vec b) {
 }
 
 inline VUInt pair_bits(Vec a, Vec b) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+  // The conversion puts one vector after the other.
+  const __m512i i = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i order =
+      _mm512_or_si512(i, _mm512_slli_epi32(_mm512_add_epi32(i, _mm512_set1_epi32(kLanes)), 16));
+  return (VUInt)_mm512_permutexvar_epi16(order,
+                                         (__m512i)_mm512_cvtne2ps_pbh((__m512)b.v, (__m512)a.v));
+#elif defined(__AVX512F__)
   return (VUInt)_mm512_mask_mov_epi16((__m512i)bfloat16_bits(a), 0xaaaaaaaau,
                                       (__m512i)bfloat16_high_bits(b));
 #else
@@ -295,7 +314,12 @@ inline void store_n(float* p, int n, Vec a) {
 }
 
 inline void store_n(bfloat16* p, int n, Vec a) {
-  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtepi32_epi16((__m512i)bfloat16_bits(a)));
+#if defined(__AVX512BF16__)
+  const __m256i bits = (__m256i)_mm512_cvtneps_pbh((__m512)a.v);
+#else
+  const __m256i bits = _mm512_cvtepi32_epi16((__m512i)bfloat16_bits(a));
+#endif
+  _mm256_mask_storeu_epi16(p, first_lanes(n), bits);
 }
 
 inline void store_n(float16* p, int n, Vec a) {
@@ -442,98 +466,6 @@ inline Vec gelu_tanh(Vec x) {
   const Vec square = x * x;
   const Vec twice_u = x * fma(square, Vec(0.0713548162726f), Vec(1.5957691216057f));
   return x / one_plus_exp_minus(twice_u);
-}
-
-// The same functions for results that are rounded to T. For bfloat16 a relative error of 2e-4 is
-// allowed, a twentieth of what the rounding adds at most: shorter polynomials and, where there
-// is one, an approximate reciprocal.
-inline Vec coarse_reciprocal(Vec a) {
-#if defined(__AVX512F__)
-  return (VFloat)_mm512_rcp14_ps((__m512)a.v);
-#else
-  return Vec(1.f) / a;
-#endif
-}
-
-// 2^x with a relative error below 8e-5. With AVX-512 any x, infinities too; otherwise one in
-// [-126.5, 126.5].
-inline Vec coarse_exp2(Vec x) {
-#if defined(__AVX512F__)
-  // x less its integer part, which scalef takes from x itself.
-  const Vec f = (VFloat)_mm512_reduce_ps((__m512)x.v, _MM_FROUND_TO_NEG_INF);
-  Vec p = fma(f, Vec(7.802452e-2f), Vec(2.2606717e-1f));
-  p = fma(p, f, Vec(6.958335e-1f));
-  p = fma(p, f, Vec(9.999252e-1f));
-  return (VFloat)_mm512_scalef_ps((__m512)p.v, (__m512)x.v);
-#else
-  const Vec t = x + Vec(kRoundMagic);
-  const Vec f = x - (t - Vec(kRoundMagic));
-  Vec p = fma(f, Vec(9.58285e-3f), Vec(5.590643e-2f));
-  p = fma(p, f, Vec(2.4024099e-1f));
-  p = fma(p, f, Vec(6.9312418e-1f));
-  p = fma(p, f, Vec(1.f));
-  return reinterpret_cast<VFloat>(reinterpret_cast<VUInt>(p.v) +
-                                  (reinterpret_cast<VUInt>(t.v) << 23));
-#endif
-}
-
-// The argument of an exponential, not above `most` where coarse_exp2 needs that.
-inline Vec at_most(float most, Vec x) {
-#if defined(__AVX512F__)
-  static_cast<void>(most);
-  return x;
-#else
-  return min(Vec(most), x);
-#endif
-}
-
-template <typename T>
-inline Vec silu_to(Vec x) {
-  return silu(x);
-}
-
-template <>
-inline Vec silu_to<bfloat16>(Vec x) {
-  constexpr float kEnd = 87.f;  // of the exponential; what is beyond is below 1e-35
-  const Vec from = max(Vec(-kEnd), x);
-  const Vec e = coarse_exp2(at_most(kEnd, from) * Vec(-kLog2E));
-  return from * coarse_reciprocal(Vec(1.f) + e);
-}
-
-template <typename T>
-inline Vec gelu_tanh_to(Vec x) {
-  return gelu_tanh(x);
-}
-
-template <>
-inline Vec gelu_tanh_to<bfloat16>(Vec x) {
-  constexpr float kEnd = 10.f;  // there the exponent is -+126
-  const Vec from = max(Vec(-kEnd), x);
-  const Vec c = at_most(kEnd, from);
-  const Vec y = fma(c * c, Vec(-0.0713548162726f * kLog2E), Vec(-1.5957691216057f * kLog2E));
-  return from * coarse_reciprocal(Vec(1.f) + coarse_exp2(c * y));
-}
-
-template <typename T>
-inline Vec gelu_to(Vec x) {
-  return gelu(x);
-}
-
-// max(x, 0) - |x| tail(|x|) with the tail, erfc(|x| / sqrt 2) / 2, as a power of two: the minimax
-// polynomial of its logarithm has an error of 1.6e-4.
-template <>
-inline Vec gelu_to<bfloat16>(Vec x) {
-  constexpr float kEnd = 12.9f;  // the tail is below 3e-38 from here on
-  const Vec a = min(Vec(kEnd), abs(x));
-  Vec y = fma(a, Vec(2.93533695e-8f), Vec(-1.83704947e-6f));
-  y = fma(y, a, Vec(4.96131579e-5f));
-  y = fma(y, a, Vec(-7.64293887e-4f));
-  y = fma(y, a, Vec(7.53157865e-3f));
-  y = fma(y, a, Vec(-5.11385426e-2f));
-  y = fma(y, a, Vec(-4.62292433e-1f));
-  y = fma(y, a, Vec(-1.14930749f));
-  y = fma(y, a, Vec(-1.00015962f));
-  return fma(Vec(0.f) - a, coarse_exp2(y), max(x, Vec(0.f)));
 }
 
 }  // namespace ACCELRT_ISA

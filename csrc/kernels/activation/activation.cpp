@@ -28,7 +28,7 @@ void activation(const TensorView& x, const OptionalView& bias, ActivationKind ki
   params.out = out.data;
   params.kind = kind;
   params.dtype = x.dtype;
-  ACCELRT_RUN(x.device, activation_cpu, launch_activation, params, stream);
+  ACCELRT_RUN_BF16(x.device, activation_cpu, launch_activation, params, stream);
 }
 
 }  // namespace accelrt

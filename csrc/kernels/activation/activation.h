@@ -22,6 +22,7 @@ void activation(const TensorView& x, const OptionalView& bias, ActivationKind ki
                 const TensorView& out, Stream stream = nullptr);
 
 ACCELRT_DECLARE_CPU(activation_cpu, ActivationParams)
+ACCELRT_DECLARE_CPU_BF16(activation_cpu, ActivationParams)
 void launch_activation(const ActivationParams& params, Stream stream);
 
 }  // namespace accelrt

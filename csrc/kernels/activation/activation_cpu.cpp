@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "accelrt/coarse.h"
 #include "accelrt/dispatch.h"
 #include "accelrt/parallel.h"
 #include "accelrt/streaming.h"

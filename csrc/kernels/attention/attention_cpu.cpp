@@ -373,7 +373,7 @@ void run(const AttentionParams& p) {
   const int64_t unit_flops = 4 * plan.queries * p.keys * p.head_dim;
   constexpr int64_t kGrainFlops = 1 << 20;
   parallel_for(0, units, kGrainFlops / unit_flops, [&](int64_t begin, int64_t end) {
-    const Scratch scratch = make_scratch(plan.total);
+    const AlignedFloats scratch = make_aligned(plan.total);
     for (int64_t i = begin; i < end; ++i) {
       compute<M, T>(p, plan, Unit<T>(p, plan.queries, plan.groups, i), scratch.get());
     }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "accelrt/coarse.h"
 #include "accelrt/vec.h"
 
 namespace accelrt {
@@ -107,7 +108,7 @@ struct Bfloat16Math {
   static Vec weigh(float* s, int64_t count, float factor, float top) {
     const __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
     const auto weight = [&](int64_t i) {
-      return (__m512)coarse_exp2((load(s + i) - Vec(top)) * Vec(factor)).v;
+      return (__m512)coarse_weight((load(s + i) - Vec(top)) * Vec(factor)).v;
     };
     __m512 sum = _mm512_setzero_ps();
     int64_t i = 0;

@@ -4,9 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
-#include <new>
 
+#include "accelrt/aligned.h"
 #include "kernels/attention/attention.h"
 #include "kernels/attention/attention_math.h"
 
@@ -15,19 +14,6 @@ namespace ACCELRT_ISA {
 namespace attention_parts {
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-constexpr std::align_val_t kLine{64};
-
-struct Free {
-  void operator()(float* p) const { ::operator delete(p, kLine); }
-};
-
-using Scratch = std::unique_ptr<float[], Free>;
-
-inline Scratch make_scratch(int64_t floats) {
-  const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
-  return Scratch(static_cast<float*>(::operator new(bytes, kLine)));
-}
 
 // Some queries of one head. A head has `groups` units of at most `most` queries.
 template <typename T>

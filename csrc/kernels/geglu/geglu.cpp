@@ -41,7 +41,7 @@ void geglu(const TensorView& x, const OptionalView& bias, ActivationKind kind,
   params.out = out.data;
   params.kind = kind;
   params.dtype = x.dtype;
-  ACCELRT_RUN(x.device, geglu_cpu, launch_geglu, params, stream);
+  ACCELRT_RUN_BF16(x.device, geglu_cpu, launch_geglu, params, stream);
 }
 
 }  // namespace accelrt

@@ -25,6 +25,7 @@ void geglu(const TensorView& x, const OptionalView& bias, ActivationKind kind,
            const TensorView& out, Stream stream = nullptr);
 
 ACCELRT_DECLARE_CPU(geglu_cpu, GegluParams)
+ACCELRT_DECLARE_CPU_BF16(geglu_cpu, GegluParams)
 void launch_geglu(const GegluParams& params, Stream stream);
 
 }  // namespace accelrt

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "accelrt/coarse.h"
 #include "accelrt/dispatch.h"
 #include "accelrt/parallel.h"
 #include "accelrt/streaming.h"
@@ -23,13 +24,13 @@ void contiguous_part(const T* value, const T* gate, const T* value_bias, const T
                      int64_t n, bool past) {
   // The halves of a row are short runs, which the hardware's prefetcher follows late. What lies
   // behind a half is the other half, or the next row.
-  constexpr int64_t kAhead = 1024 / sizeof(T);
+  constexpr int64_t kAhead = 8192 / sizeof(T);
   for_pairs(
       n,
       [&](int64_t i) {
         for (int64_t line = 0; line < 2 * kLanes; line += 64 / sizeof(T)) {
-          __builtin_prefetch(value + i + line + kAhead);
-          __builtin_prefetch(gate + i + line + kAhead);
+          __builtin_prefetch(value + i + line + kAhead, 0, 2);
+          __builtin_prefetch(gate + i + line + kAhead, 0, 2);
         }
         Vec v0, v1, g0, g1;
         load_pair(value + i, v0, v1);

@@ -47,7 +47,7 @@ void group_norm_apply(const TensorView& x, const OptionalView& x2, const Optiona
   params.eps = static_cast<float>(eps);
   params.silu = silu;
   params.out = out.data;
-  ACCELRT_RUN(x.device, group_norm_apply_cpu, launch_group_norm_apply, params, stream);
+  ACCELRT_RUN_BF16(x.device, group_norm_apply_cpu, launch_group_norm_apply, params, stream);
 }
 
 }  // namespace accelrt

@@ -35,6 +35,7 @@ void group_norm_apply(const TensorView& x, const OptionalView& x2, const Optiona
                       Stream stream = nullptr);
 
 ACCELRT_DECLARE_CPU(group_norm_apply_cpu, GroupNormApplyParams)
+ACCELRT_DECLARE_CPU_BF16(group_norm_apply_cpu, GroupNormApplyParams)
 void launch_group_norm_apply(const GroupNormApplyParams& params, Stream stream);
 
 }  // namespace accelrt

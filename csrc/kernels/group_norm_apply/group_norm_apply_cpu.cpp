@@ -4,8 +4,9 @@
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
-#include <vector>
 
+#include "accelrt/aligned.h"
+#include "accelrt/coarse.h"
 #include "accelrt/dispatch.h"
 #include "accelrt/parallel.h"
 #include "accelrt/streaming.h"
@@ -32,7 +33,9 @@ struct Table {
 class Coefficients {
  public:
   explicit Coefficients(int64_t channels)
-      : channels_(channels), stride_(channels + kLanes), floats_(7 * stride_) {}
+      : channels_(channels),
+        stride_(whole_lines(channels + kLanes)),
+        floats_(make_aligned(7 * stride_)) {}
 
   // From `channel` on, in their order.
   Table natural(int64_t channel) const { return table(0).from(channel); }
@@ -47,7 +50,7 @@ class Coefficients {
     if (image == image_) return;
     image_ = image;
     const GroupNormSource& s = p.source;
-    float* const centre = floats_.data();
+    float* const centre = floats_.get();
     float* const gain = centre + stride_;
     float* const offset = gain + stride_;
     float* const row = offset + stride_;
@@ -93,15 +96,15 @@ class Coefficients {
   }
 
   Table table(int64_t row) const {
-    const float* first = floats_.data() + row * stride_;
+    const float* first = floats_.get() + row * stride_;
     return {first, first + stride_, first + 2 * stride_};
   }
 
   // Even and odd channels apart, as load_pair has them.
   void pair_up(int64_t first, int64_t channels) {
     for (int row = 0; row < 3; ++row) {
-      const float* from = floats_.data() + row * stride_ + first;
-      float* to = floats_.data() + (row + 4) * stride_ + first;
+      const float* from = floats_.get() + row * stride_ + first;
+      float* to = floats_.get() + (row + 4) * stride_ + first;
       for (int64_t c = 0; c + 2 * kLanes <= channels; c += 2 * kLanes) {
         for (int i = 0; i < kLanes; ++i) {
           to[c + i] = from[c + 2 * i];
@@ -113,7 +116,7 @@ class Coefficients {
 
   int64_t channels_;
   int64_t stride_;
-  std::vector<float> floats_;  // centre, gain, offset; a row of scratch; the same three, paired
+  AlignedFloats floats_;  // centre, gain, offset; a row of scratch; the same three, paired
   int64_t image_ = -1;
 };
 

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "accelrt/aligned.h"
 #include "accelrt/dispatch.h"
 #include "accelrt/parallel.h"
 #include "accelrt/vec.h"
@@ -30,8 +31,6 @@ struct Moments {
   double mean = 0;
   double m2 = 0;
 };
-
-inline int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // ---- Channels-last: a vector holds neighbouring channels ------------------------------------
 
@@ -66,17 +65,22 @@ template <int kRows, typename T>
   store(s2, load(s2) + b);
 }
 
+// How what comes later is brought closer, in the order of memory, since reading several rows in
+// turn defeats the hardware's prefetching: loaded to the first-level cache, if it holds all of
+// that, or asked for to the second-level one, which costs more.
+enum class Ahead { kNothing, kLoad, kPrefetch };
+
 // kRows pixels of all channels of one part, at least `channels` apart if there are several.
-// `ahead` is kRows pixels that come later (or these): they are touched in the order of memory,
-// since reading several rows in turn, as this does, defeats the hardware's prefetching.
-template <int kRows, typename T>
+// `ahead` is kRows pixels that come later (or these).
+template <int kRows, Ahead kAhead, typename T>
 inline void add_pixels(const T* x, int64_t stride, int64_t channels, const float* pivot, float* s1,
                        float* s2, const T* ahead) {
-  constexpr int64_t kLine = 64 / sizeof(T);
   int64_t c = 0;
   for (; c + kLanes <= channels; c += kLanes) {
-    for (int64_t i = 0; kRows > 1 && i < kRows * kLanes; i += kLine) {
-      static_cast<void>(*reinterpret_cast<const volatile char*>(ahead + c * kRows + i));
+    for (int64_t i = 0; i < kRows * kLanes; i += 64 / sizeof(T)) {
+      const T* const line = ahead + c * kRows + i;
+      if (kAhead == Ahead::kLoad) static_cast<void>(*reinterpret_cast<const volatile char*>(line));
+      if (kAhead == Ahead::kPrefetch) __builtin_prefetch(line, 0, 2);
     }
     add_vectors<kRows>(x + c, stride, kLanes, pivot + c, s1 + c, s2 + c);
   }
@@ -89,22 +93,24 @@ inline void add_pixels(const T* x, int64_t stride, int64_t channels, const float
 }
 
 // n pixels, kRows at a time.
-template <int kRows, typename T>
+template <int kRows, Ahead kAhead, typename T>
 void add_run(const T* x, int64_t stride, int64_t n, int64_t channels, const float* pivot, float* s1,
              float* s2) {
   int64_t i = 0;
   for (; i + kRows <= n; i += kRows) {
     const int64_t next = i + 2 * kRows <= n ? i + kRows : i;
-    add_pixels<kRows>(x + i * stride, stride, channels, pivot, s1, s2, x + next * stride);
+    add_pixels<kRows, kAhead>(x + i * stride, stride, channels, pivot, s1, s2, x + next * stride);
   }
-  for (; i < n; ++i) { add_pixels<1>(x + i * stride, 0, channels, pivot, s1, s2, x + i * stride); }
+  for (; i < n; ++i) {
+    add_pixels<1, Ahead::kNothing>(x + i * stride, 0, channels, pivot, s1, s2, x + i * stride);
+  }
 }
 
 constexpr int kRows = 8;
-// Wider pixels are taken fewer at a time, so that what was touched is still in the first-level
-// cache when its turn comes. An input that fits the second-level cache needs no such care.
-constexpr int64_t kBlockBytes = 5120;
-constexpr int64_t kCacheBytes = 1 << 20;
+// Of kRows pixels, of which the first-level cache holds twice as many beside their sums.
+constexpr int64_t kLoadBytes = 5120;
+// Of the pixels taken at a time.
+constexpr int64_t kPrefetchBytes = 20480;
 
 // Of fn(0), ..., fn(n - 1), in independent chains.
 template <typename Fn>
@@ -121,21 +127,22 @@ inline float sum_of(int64_t n, const Fn& fn) {
 class ChannelsLastItem {
  public:
   explicit ChannelsLastItem(const GroupNormSource& s)
-      : slots_(round_up(s.part[0].channels) + (s.parts == 2 ? round_up(s.part[1].channels) : 0)),
-        floats_(3 * slots_ + 2 * round_up(s.channels)) {}
+      : slots_(whole_lines(s.part[0].channels) +
+               (s.parts == 2 ? whole_lines(s.part[1].channels) : 0)),
+        floats_(make_aligned(3 * slots_ + 2 * whole_lines(s.channels))) {}
 
   template <typename T>
   void run(const GroupNormSource& s, int64_t image, int64_t begin, int64_t end, Moments* out) {
-    float* const mean = floats_.data() + 3 * slots_;
-    float* const m2 = mean + round_up(s.channels);
+    float* const mean = floats_.get() + 3 * slots_;
+    float* const m2 = mean + whole_lines(s.channels);
     const float inverse = 1.f / static_cast<float>(end - begin);
     int64_t base = 0;
     for (int i = 0; i < s.parts; ++i) {
       const GroupNormPart& part = s.part[i];
-      float* const pivot = floats_.data() + base;
+      float* const pivot = floats_.get() + base;
       float* const s1 = pivot + slots_;
       float* const s2 = s1 + slots_;
-      base += round_up(part.channels);
+      base += whole_lines(part.channels);
       sum_part<T>(s, part, image, begin, end, pivot, s1, s2);
       for_channel_vectors(
           part.channels, [&](int64_t c, int64_t slot, int lanes) __attribute__((always_inline)) {
@@ -163,7 +170,7 @@ class ChannelsLastItem {
       const T* p = x + row * stride.h + at * stride.w;
       if (first) {
         first = false;
-        const int64_t slots = round_up(part.channels);
+        const int64_t slots = whole_lines(part.channels);
         std::fill(pivot, pivot + slots, 0.f);
         std::fill(s1, s1 + slots, 0.f);
         std::fill(s2, s2 + slots, 0.f);
@@ -177,20 +184,21 @@ class ChannelsLastItem {
                               store(pivot + slot, sum * share);
                             });
       }
-      constexpr int64_t kBytes = sizeof(T);
-      const bool cached = s.images * s.pixels() * s.channels * kBytes <= kCacheBytes;
-      const int64_t rows = kBlockBytes / (part.channels * kBytes);
+      const int64_t bytes = part.channels * static_cast<int64_t>(sizeof(T));
+      const auto add = [&](auto run) { run(p, stride.w, n, part.channels, pivot, s1, s2); };
       if (stride.w < part.channels) {
         // Pixels that overlap (an expanded view): the memory after them is not theirs to touch.
-        add_run<1>(p, stride.w, n, part.channels, pivot, s1, s2);
-      } else if (cached || rows >= kRows) {
-        add_run<kRows>(p, stride.w, n, part.channels, pivot, s1, s2);
-      } else if (rows >= 4) {
-        add_run<4>(p, stride.w, n, part.channels, pivot, s1, s2);
-      } else if (rows >= 2) {
-        add_run<2>(p, stride.w, n, part.channels, pivot, s1, s2);
+        add(add_run<1, Ahead::kNothing, T>);
+      } else if (kRows * bytes <= kLoadBytes) {
+        add(add_run<kRows, Ahead::kLoad, T>);
+      } else if (kRows * bytes <= kPrefetchBytes) {
+        add(add_run<kRows, Ahead::kPrefetch, T>);
+      } else if (4 * bytes <= kPrefetchBytes) {
+        add(add_run<4, Ahead::kPrefetch, T>);
+      } else if (2 * bytes <= kPrefetchBytes) {
+        add(add_run<2, Ahead::kPrefetch, T>);
       } else {
-        add_run<1>(p, stride.w, n, part.channels, pivot, s1, s2);
+        add(add_run<1, Ahead::kNothing, T>);
       }
     });
   }
@@ -215,7 +223,7 @@ class ChannelsLastItem {
   }
 
   int64_t slots_;
-  std::vector<float> floats_;  // pivot, s1, s2 by slot; mean, m2 by channel
+  AlignedFloats floats_;  // pivot, s1, s2 by slot; mean, m2 by channel
 };
 
 // ---- Planar and everything else: a vector holds neighbouring pixels of a channel -------------

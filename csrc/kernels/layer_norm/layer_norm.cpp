@@ -73,7 +73,7 @@ void layer_norm_modulate(const TensorView& x, const OptionalView& weight, const 
   const Arguments arguments("layer_norm_modulate", x);
   const LayerNormParams params = base_params(arguments, x, weight, bias, scale, shift, eps, out);
   if (x.numel() == 0) return;
-  ACCELRT_RUN(x.device, layer_norm_cpu, launch_layer_norm, params, stream);
+  ACCELRT_RUN_BF16(x.device, layer_norm_cpu, launch_layer_norm, params, stream);
 }
 
 void gate_residual_layer_norm_modulate(const TensorView& x, const TensorView& residual,
@@ -91,7 +91,7 @@ void gate_residual_layer_norm_modulate(const TensorView& x, const TensorView& re
   if (inject) params.inject = arguments.rows("inject", *inject);
   params.inject_scale = arguments.vector("inject_scale", inject_scale);
   if (x.numel() == 0) return;
-  ACCELRT_RUN(x.device, layer_norm_cpu, launch_layer_norm, params, stream);
+  ACCELRT_RUN_BF16(x.device, layer_norm_cpu, launch_layer_norm, params, stream);
 }
 
 }  // namespace accelrt

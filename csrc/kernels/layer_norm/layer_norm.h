@@ -55,6 +55,7 @@ void gate_residual_layer_norm_modulate(const TensorView& x, const TensorView& re
                                        Stream stream = nullptr);
 
 ACCELRT_DECLARE_CPU(layer_norm_cpu, LayerNormParams)
+ACCELRT_DECLARE_CPU_BF16(layer_norm_cpu, LayerNormParams)
 void launch_layer_norm(const LayerNormParams& params, Stream stream);
 
 }  // namespace accelrt

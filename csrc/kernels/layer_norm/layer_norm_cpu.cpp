@@ -4,9 +4,9 @@
 // kept in the order of load_pair<T>.
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <type_traits>
 
+#include "accelrt/aligned.h"
 #include "accelrt/dispatch.h"
 #include "accelrt/parallel.h"
 #include "accelrt/streaming.h"
@@ -48,7 +48,7 @@ Vec load_or(const T* p, int64_t i, int lanes, float otherwise) {
 class Scratch {
  public:
   explicit Scratch(int64_t width)
-      : stride_((width + kLanes - 1) / kLanes * kLanes), memory_(new float[5 * stride_]) {}
+      : stride_(whole_lines(width)), memory_(make_aligned(5 * stride_)) {}
   float* factor() { return memory_.get(); }
   float* offset() { return memory_.get() + stride_; }
   float* gate() { return memory_.get() + 2 * stride_; }
@@ -57,7 +57,7 @@ class Scratch {
 
  private:
   int64_t stride_;
-  std::unique_ptr<float[]> memory_;
+  AlignedFloats memory_;
 };
 
 // to = from, or `otherwise` where there is none.

@@ -9,6 +9,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "accelrt/coarse.h"
 #include "accelrt/transpose.h"
 #include "accelrt/unrolled.h"
 #include "accelrt/vec.h"

@@ -9,6 +9,7 @@
 
 #if defined(__AVX512BF16__)
 
+#include "accelrt/coarse.h"
 #include "accelrt/transpose.h"
 #include "accelrt/unrolled.h"
 #include "kernels/temporal_attention/temporal_attention_unit.h"
@@ -114,7 +115,7 @@ inline void weigh_pairs(const PairPlan& plan, int keys, float factor, float* scr
     Vec top = scaled(0);
     for (int j = 1; j < keys; ++j) top = max(top, scaled(j));
     const auto weight = [&](int j) {
-      return (__m512)coarse_exp2(fma(load(scores + j * columns + t), Vec(factor), Vec(0.f) - top))
+      return (__m512)coarse_weight(fma(load(scores + j * columns + t), Vec(factor), Vec(0.f) - top))
           .v;
     };
     __m512 sums = _mm512_setzero_ps();

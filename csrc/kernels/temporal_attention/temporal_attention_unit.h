@@ -4,11 +4,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <numeric>
 #include <utility>
 
+#include "accelrt/aligned.h"
 #include "accelrt/parallel.h"
 #include "accelrt/streaming.h"
 #include "accelrt/vec.h"
@@ -40,21 +39,6 @@ struct Grouping {
   int64_t groups = 1;  // per pixel
   bool streams;        // the results pass by the caches
 };
-
-constexpr std::align_val_t kLine{64};
-
-struct Free {
-  void operator()(float* p) const { ::operator delete(p, kLine); }
-};
-
-using Scratch = std::unique_ptr<float[], Free>;
-
-Scratch make_scratch(int64_t floats) {
-  const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
-  Scratch scratch(static_cast<float*>(::operator new(bytes, kLine)));
-  std::memset(scratch.get(), 0, bytes);  // the padding of the tiles must hold numbers
-  return scratch;
-}
 
 // Which pixel and heads a unit is.
 struct Unit {
@@ -158,16 +142,17 @@ void for_units(const TemporalAttentionParams& p, const Plan& plan, const Fn& fn)
   const int64_t units = p.batch * p.pixels * plan.groups;
   const int64_t unit_flops = 4 * plan.heads * p.head_dim * p.frames * p.key_frames;
   constexpr int64_t kGrainFlops = 1 << 20;
-  constexpr int64_t kLineFloats = 16;
   // An odd number of lines apart, so that rows fall into different sets, and room for a vector.
   const int64_t line = 64 / static_cast<int64_t>(sizeof(T));
   const int64_t lines = (plan.heads * p.head_dim + line - 1) / line + 1;
   const Rows rows(p, (lines | 1) * line);
   constexpr int64_t kPast = 16;  // rows that a block of keys may read past the last
   const int64_t raw = (rows.count + kPast) * (lines | 1) * kLineFloats;
-  const int64_t own = (plan.floats + kLineFloats - 1) / kLineFloats * kLineFloats;
+  const int64_t own = whole_lines(plan.floats);
   parallel_for(0, units, kGrainFlops / unit_flops, [&](int64_t begin, int64_t end) {
-    const Scratch scratch = make_scratch(own + 2 * raw);
+    const AlignedFloats scratch = make_aligned(own + 2 * raw);
+    // The padding of the tiles must hold numbers.
+    std::memset(scratch.get(), 0, static_cast<size_t>(own + 2 * raw) * sizeof(float));
     T* now = reinterpret_cast<T*>(scratch.get() + own);
     T* then = reinterpret_cast<T*>(scratch.get() + own + raw);
     const auto unit = [&](int64_t i) { return Unit(p, plan, std::min(i, end - 1)); };
