@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from accelrt.memory.arena import return_free_memory
+from accelrt.memory.heap import return_free_memory
 
 _SELF = Path("/proc/self")
 

@@ -18,7 +18,6 @@ into offsets in one slab, and real runs take their buffers from there::
 
 from __future__ import annotations
 
-import ctypes
 import math
 import threading
 import weakref
@@ -32,6 +31,7 @@ from torch.utils.dlpack import from_dlpack
 
 from accelrt import _C
 
+from .heap import HeapKeeper
 from .tracker import note_created
 
 # DLPack's device types, and the alignments of the allocators of torch.
@@ -143,6 +143,7 @@ class Arena:
         busy: held by the thread whose run the schedule serves.
         contended: runs that found it busy, and took their tensors from elsewhere.
         recording: births and deaths since :meth:`begin`; only on the meta device.
+        heap: of the process, on a CPU; else ``None``.
 
     Raises:
         ValueError: another type of device.
@@ -158,6 +159,7 @@ class Arena:
         self._next = 0
         self._core: _C.Arena | None = None
         self._address = 0
+        self.heap = HeapKeeper() if device.type == "cpu" else None
         if device.type == "meta":
             return
         alignment = alignment_of(device)
@@ -187,8 +189,8 @@ class Arena:
         if slab_bytes == core.slab_bytes:
             return
         core.release()
-        if self.device.type == "cpu":
-            return_free_memory()  # what another model's slices left in the heap
+        if self.heap is not None:
+            self.heap.rest()  # without what another model's slices left in the heap
         if slab_bytes > 0:
             self._address, owner = _make_slab(slab_bytes, self.device)
             core.set_slab(self._address, slab_bytes, owner)
@@ -295,13 +297,6 @@ class Arena:
         return 0 if self._core is None else self._core.refused_bytes
 
 
-def return_free_memory() -> None:
-    """Give freed heap memory back to the system; glibc keeps it for later otherwise."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
 BlockWatch = Callable[[Arena, Tensor, int], None]
 _on_block: BlockWatch | None = None
 
@@ -316,6 +311,13 @@ def watch_blocks(watch: BlockWatch | None) -> None:
 
 
 _local = threading.local()
+
+
+def between_groups() -> None:
+    """A group of this thread has run: the heap keeps to the plan of the active arena."""
+    arena = None if torch.compiler.is_compiling() else current()
+    if arena is not None and arena.heap is not None:
+        arena.heap.keep()
 
 
 @contextmanager

@@ -36,6 +36,7 @@ class Cut:
         arena: where the buffers of the groups live, or ``None``.
         offsets: of those buffers in the arena, in the order of their making.
         slab_bytes: that the arena needs for them.
+        own_bytes: that live outside of it at once.
         step: that the call is of, where steps are cut along time.
     """
 
@@ -44,13 +45,20 @@ class Cut:
     arena: Arena | None = None
     offsets: tuple[int, ...] = ()
     slab_bytes: int = 0
+    own_bytes: int = 0
     step: Step | None = None
 
     def placed(
-        self, arena: Arena | None, offsets: tuple[int, ...] = (), slab_bytes: int = 0
+        self,
+        arena: Arena | None,
+        offsets: tuple[int, ...] = (),
+        slab_bytes: int = 0,
+        own_bytes: int = 0,
     ) -> Cut:
         """The same cut with its buffers in ``arena``."""
-        return replace(self, arena=arena, offsets=offsets, slab_bytes=slab_bytes)
+        return replace(
+            self, arena=arena, offsets=offsets, slab_bytes=slab_bytes, own_bytes=own_bytes
+        )
 
 
 @contextmanager
@@ -68,6 +76,8 @@ def placing(cut: Cut) -> Iterator[None]:
         arena.reserve(cut.slab_bytes)
         arena.schedule(cut.offsets)
         arena.begin()
+        if arena.heap is not None:
+            arena.heap.begin(cut.slab_bytes + cut.own_bytes)
         with activate(arena):
             yield
     finally:

@@ -220,7 +220,7 @@ class BudgetPlanner:
         if device.type == "meta":
             return _Planned(plan, cut)
         arena = self._arenas.setdefault(device, Arena(device))
-        cut = cut.placed(arena, plan.offsets, plan.slab_bytes)
+        cut = cut.placed(arena, plan.offsets, plan.slab_bytes, plan.own_bytes)
         # The memory of a request's features waits for the next one, if graphs work in it.
         held = plan.graphs_bytes + kept if plan.graphs_bytes else 0
         return _Planned(plan, cut, held)

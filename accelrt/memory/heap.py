@@ -1,0 +1,71 @@
+"""The heap of a process under a memory budget: freed pages go back when a run holds too many."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import time
+from pathlib import Path
+
+_STATM = Path("/proc/self/statm")
+#: Looks are this many seconds apart: reading the resident size takes some microseconds.
+_PAUSE = 0.005
+#: What has to come back since the last time for another attempt to be worth it.
+_STEP = 16 * 2**20
+
+
+class HeapKeeper:
+    """Returns free pages of the heap to the system when the process exceeds a plan.
+
+    An allocator keeps what is freed and takes new memory from other holes, so that a process
+    comes to hold all the holes that its weights have left, whatever is alive at once. Work that
+    other threads do meanwhile counts as well; it makes for more attempts, not for errors.
+    """
+
+    def __init__(self) -> None:
+        self._base: int | None = None
+        self._limit: int | None = None
+        self._floor = 0
+        self._looked = 0.0
+
+    def rest(self) -> None:
+        """What is resident now is there without any run."""
+        return_free_memory()
+        self._base = resident_bytes()
+
+    def begin(self, planned_bytes: int) -> None:
+        """A run begins.
+
+        Args:
+            planned_bytes: that it may hold at once.
+        """
+        if self._base is None:
+            self.rest()
+        self._floor = 0
+        self._limit = None if self._base is None else self._base + planned_bytes
+
+    def keep(self) -> None:
+        """Between two groups: give back, if too much is resident."""
+        now = time.monotonic()
+        if self._limit is None or now - self._looked < _PAUSE:
+            return
+        self._looked = now
+        held = resident_bytes()
+        if held is not None and held > max(self._limit, self._floor) + _STEP:
+            return_free_memory()
+            self._floor = resident_bytes() or held
+
+
+def resident_bytes() -> int | None:
+    """Resident size of this process; ``None`` where the system does not tell (only Linux does)."""
+    try:
+        return int(_STATM.read_bytes().split()[1]) * mmap.PAGESIZE
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def return_free_memory() -> None:
+    """Give freed heap memory back to the system; glibc keeps it for later otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

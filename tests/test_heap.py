@@ -1,0 +1,99 @@
+"""Free pages of the heap go back when a run holds more than its plan."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import pytest
+import torch
+from model_zoo import tiny_unet, unet_inputs
+
+import accelrt
+from accelrt.memory import heap
+from accelrt.memory.heap import HeapKeeper, resident_bytes
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the resident size is Linux's")
+MIB = 2**20
+SIZE = 64 * 1024  # below the size from which glibc maps memory by itself
+
+
+@pytest.fixture
+def holes():
+    """100 MiB of blocks on the heap, of which every second is free; the others are the walls."""
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("this allocator has no malloc_trim")
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.malloc.argtypes = [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    blocks = [libc.malloc(SIZE) for _ in range(100 * MIB // SIZE)]
+    for block in blocks:
+        ctypes.memset(block, 1, SIZE)
+
+    def open_them() -> None:
+        for block in blocks[::2]:
+            libc.free(block)
+
+    yield open_them
+    for block in blocks[1::2]:
+        libc.free(block)
+
+
+def look(keeper: HeapKeeper) -> None:
+    keeper._looked = 0.0
+    keeper.keep()
+
+
+def test_gives_back_what_exceeds_the_plan(holes):
+    keeper = HeapKeeper()
+    keeper.rest()
+    keeper._base -= 60 * MIB  # as if the holes had come since then
+    keeper.begin(0)
+    holes()
+    before = resident_bytes()
+    look(keeper)
+    assert resident_bytes() < before - 40 * MIB
+
+
+def test_leaves_the_heap_alone_within_the_plan(holes, monkeypatch):
+    keeper = HeapKeeper()
+    keeper.begin(200 * MIB)
+    holes()
+    monkeypatch.setattr(heap, "return_free_memory", lambda: pytest.fail("was within the plan"))
+    look(keeper)
+
+
+def test_does_not_try_again_in_vain(monkeypatch):
+    tries = []
+    monkeypatch.setattr(heap, "return_free_memory", lambda: tries.append(1))
+    keeper = HeapKeeper()
+    keeper.rest()
+    keeper._base -= 100 * MIB
+    keeper.begin(0)
+    look(keeper)
+    look(keeper)
+    assert len(tries) == 2  # at rest, and once
+
+
+def test_where_the_system_does_not_tell(monkeypatch, tmp_path):
+    monkeypatch.setattr(heap, "_STATM", tmp_path / "none")
+    keeper = HeapKeeper()
+    keeper.begin(0)
+    look(keeper)
+    assert resident_bytes() is None
+
+
+def test_groups_of_a_planned_run_look(monkeypatch):
+    looks = []
+    monkeypatch.setattr(HeapKeeper, "keep", lambda self: looks.append(self._limit))
+    model, inputs = tiny_unet(), unet_inputs(2, 3, 8, 8)
+    with torch.no_grad():
+        accelrt.wrap(model)
+        model(**inputs)
+        assert not looks  # without a budget
+        accelrt.unwrap(model)
+        accelrt.wrap(model, memory_budget="min")
+        model(**inputs)
+    assert looks
+    assert None not in looks
