@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from accelrt.config import Config
+from accelrt.memory.arena import between_slices, current
 
 CPU_SLICE_MIB = 8.0
 GPU_SLICE_MIB = 64.0
@@ -103,7 +104,12 @@ def starts(total: int, step: int, like: Tensor) -> Iterable[int]:
     probe = current_probe(like)
     if probe is not None:
         return _probed(range(0, total, step), probe)
-    return range(0, total, step) if _on_slice is None else _told(range(0, total, step), _on_slice)
+    all_starts = range(0, total, step)
+    if _on_slice is not None:
+        return _told(all_starts, _on_slice)
+    if len(all_starts) > 1 and not torch.compiler.is_compiling() and current() is not None:
+        return _kept(all_starts)
+    return all_starts
 
 
 SliceWatch = Callable[[int], None]
@@ -114,6 +120,12 @@ def watch_slices(watch: SliceWatch | None) -> None:
     """Tell ``watch`` the index of every slice that starts, in any thread; ``None``: nobody."""
     global _on_slice
     _on_slice = watch
+
+
+def _kept(all_starts: range) -> Iterator[int]:
+    for start in all_starts:
+        yield start
+        between_slices()
 
 
 def _told(all_starts: range, watch: SliceWatch) -> Iterator[int]:

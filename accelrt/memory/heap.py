@@ -45,7 +45,7 @@ class HeapKeeper:
         self._limit = None if self._base is None else self._base + planned_bytes
 
     def keep(self) -> None:
-        """Between two groups: give back, if too much is resident."""
+        """Between two slices: give back, if too much is resident."""
         now = time.monotonic()
         if self._limit is None or now - self._looked < _PAUSE:
             return

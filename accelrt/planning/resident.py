@@ -25,13 +25,17 @@ def free_bytes(device: torch.device) -> int:
 def workspace_bytes(model: nn.Module, device: torch.device, budget_bytes: int = 0) -> int:
     """What is taken beside weights and activations, in operators and between them.
 
-    On the CPU oneDNN holds the weights of the running convolution or product a second
-    time, in its own order; and one part in a hundred of the budget is left to the heap,
-    which does not return every page that is free.
+    On the CPU oneDNN holds the weights of the running product a second time, in its own
+    order, and those of a convolution a third time, since torch puts channels last before;
+    and one part in a hundred of the budget is left to the heap, which does not return every
+    page that is free.
     """
     if device.type == "cuda":
         return 0  # in the device's own pools, which torch reserves once
-    largest = max((p.numel() * p.element_size() for p in model.parameters()), default=0)
+    largest = max(
+        (p.numel() * p.element_size() * (2 if p.dim() > 2 else 1) for p in model.parameters()),
+        default=0,
+    )
     return largest + budget_bytes // 100
 
 
