@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from accelrt.config import Config
-from accelrt.memory.arena import between_slices
+from accelrt.memory.arena import keep_to_plan
 
 from .recognise import is_plain
 from .state import State
@@ -75,7 +75,7 @@ class Group(ABC):
         """Run the group and forget why an earlier call was left alone."""
         self.left_alone = ""
         self.run(state)
-        between_slices()
+        keep_to_plan()
 
     def unrecognised(self) -> str:
         """Why the whole module must run as it came; empty if it need not."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from accelrt import ops
 from accelrt.config import Config
+from accelrt.memory.arena import keep_to_plan
 
 from .bands import (
     BandedResnet,
@@ -198,13 +199,16 @@ class ResnetGroup(Group):
             if before is not None:
                 enlarge: Any = before.module
                 xs = channels_last(enlarge(xs, plan.size))
+                keep_to_plan()  # a convolution leaves copies of its weights in the heap
             h = first(xs, ys)
             if resample is not None:
                 h = resample(h)
             h = block.conv1(h)
+            keep_to_plan()
             add, times, shift = (_images(t, start, stop) for t in modulation)
             h = second(h, add=add, scale=times, shift=shift, overwrite=overwrite1)
             h = block.conv2(h)
+            keep_to_plan()
             residual = xs if ys is None else torch.cat([xs, ys], dim=1)
             del xs, ys
             if resample is not None:

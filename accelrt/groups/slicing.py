@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accelrt.config import Config
-from accelrt.memory.arena import between_slices, current
+from accelrt.memory.arena import current, keep_to_plan
 
 CPU_SLICE_MIB = 8.0
 GPU_SLICE_MIB = 64.0
@@ -125,7 +125,7 @@ def watch_slices(watch: SliceWatch | None) -> None:
 def _kept(all_starts: range) -> Iterator[int]:
     for start in all_starts:
         yield start
-        between_slices()
+        keep_to_plan()
 
 
 def _told(all_starts: range, watch: SliceWatch) -> Iterator[int]:

@@ -313,8 +313,8 @@ def watch_blocks(watch: BlockWatch | None) -> None:
 _local = threading.local()
 
 
-def between_slices() -> None:
-    """A slice or group of this thread has run: the heap keeps to the plan of the active arena."""
+def keep_to_plan() -> None:
+    """Between operators of this thread: the heap keeps to the plan of the active arena."""
     arena = None if torch.compiler.is_compiling() else current()
     if arena is not None and arena.heap is not None:
         arena.heap.keep()

@@ -11,7 +11,7 @@ _STATM = Path("/proc/self/statm")
 #: Looks are this many seconds apart: reading the resident size takes some microseconds.
 _PAUSE = 0.005
 #: What has to come back since the last time for another attempt to be worth it.
-_STEP = 16 * 2**20
+_STEP = 4 * 2**20
 
 
 class HeapKeeper:
