@@ -203,14 +203,14 @@ def test_a_full_disk_does_not_stop_a_run(monkeypatch: pytest.MonkeyPatch, tmp_pa
         measured.append(dtype)
         return cost.Machine()
 
-    stock = Path.write_text
+    stock = Path.write_bytes
 
-    def full(self: Path, text: str, **options: Any) -> int:
-        stock(self, text[:5], **options)
+    def full(self: Path, content: bytes) -> int:
+        stock(self, content[:5])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cost, "profile", profile)
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with torch.no_grad():
         expected = model(**inputs).sample
         accelrt.wrap(model, memory_budget="1MiB")
@@ -237,14 +237,14 @@ def test_a_full_disk_while_a_report_is_written(
     for name, write in zip(names, writes, strict=True):
         write(tmp_path / name)
     before = {name: (tmp_path / name).read_bytes() for name in names}
-    plain = Path.write_text
+    plain = Path.write_bytes
 
-    def full(self: Path, text: str, **options: Any) -> int:
-        plain(self, text[: len(text) // 2], **options)
+    def full(self: Path, content: bytes) -> int:
+        plain(self, content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(Path, "write_bytes", full)
         for name, write in zip(names, writes, strict=True):
             with pytest.raises(OSError, match="No space left"):
                 write(tmp_path / name)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from ops_common import assert_as_good_as
 from sim import SimulatorError, run_simulator
-from test_cuda_build import ENTRY, needs_nvcc, reports
+from test_cuda_build import needs_nvcc, ptxas
 
 from accelrt import _C, ops, reference
 from accelrt.ops import _compile, _library, _runtime_cuda
@@ -88,14 +88,16 @@ def test_nvrtc_compiles_every_kernel(
 def test_the_names_are_all_that_nvcc_has_built(
     nvrtc: Any, names: dict[str, dict[str, int]]
 ) -> None:
-    found = reports()
-    assert {f"kernels/{path.name.split('.')[0]}" for path in found} == set(names)
-    for path in found:
-        built = {match["name"] for match in ENTRY.finditer(path.read_text())}
-        folder = f"kernels/{path.name.split('.')[0]}"
+    entry = re.compile(r"Compiling entry function '(\S+)' for")
+    built = {
+        f"kernels/{Path(source).parent.name}": set(entry.findall(path.read_text()))
+        for source, path in ptxas.reports(ptxas.build_folder()).items()
+    }
+    assert set(built) == set(names)
+    for folder, entries in built.items():
         kernels = list(names[folder])
         _, lowered = _compile.compile_kernels(nvrtc, CSRC, folder, kernels, "compute_80")
-        assert set(lowered.values()) == built, folder
+        assert set(lowered.values()) == entries, folder
 
 
 def test_tiles_compile(nvrtc: Any, tmp_path: Path) -> None:

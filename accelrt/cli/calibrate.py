@@ -113,7 +113,6 @@ def calibrate(
             progress.update(task, completed=done, total=total, description=what)
 
         scenario = load()
-        out.mkdir(parents=True, exist_ok=True)
         progress.update(task, model=scenario.title)
         common: dict[str, Any] = {
             "runs": runs, "seed": seed, "config": settings, "on_progress": on_progress,
@@ -123,6 +122,7 @@ def calibrate(
             made = _published(scenario, boundary or "default", gamma, count, seeds, common)
         else:
             made = _searched(scenario, boundary, psnr, speedup, seeds, max_runs, common)
+    out.mkdir(parents=True, exist_ok=True)
     written = _write(made, out)
     if as_json:
         print_json(made.to_dict(written))

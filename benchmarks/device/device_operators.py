@@ -34,7 +34,7 @@ from accelrt.files import write_text
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OURS, OWN, EAGER, COMPILED = "ours", "own products", "eager", "compile"
-WITH_PRODUCTS = ("attention", "linear")
+WITH_PRODUCTS = ("attention", "linear", "feed_forward")
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -77,6 +77,7 @@ TINY = [
     Case("linear", "8 rows 32->48", "compute", cases.linear(8, 32, 48)),
     Case("linear", "8 rows 32->48, GELU", "compute", cases.linear(8, 32, 48, "gelu_tanh")),
     Case("linear", "8 rows 32->48, GEGLU", "compute", cases.linear(8, 32, 48, "geglu")),
+    Case("feed_forward", "8 rows 32->48->32, GEGLU", "compute", cases.feed_forward(8, 32, 48)),
     Case("temporal_attention", "2x5x6, 2x40", "memory", cases.temporal_attention(2, 5, 6, 2, 40)),
     Case("group_norm+silu", "4x32x6x5", "memory", cases.group_norm_silu((4, 32, 6, 5))),
     Case("group_norm+silu", "4x32x6x5, 2 frames", "memory",

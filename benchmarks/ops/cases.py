@@ -264,6 +264,45 @@ def linear(rows: int, width: int, out: int, activation: str | None = None) -> Ca
     return make
 
 
+class FeedForward(torch.nn.Module):
+    """Both layers around a GEGLU, as transformers of images have them."""
+
+    def __init__(self, width: int, hidden: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.first = Linear(width, 2 * hidden, "geglu", dtype)
+        self.out = torch.nn.Linear(hidden, width, dtype=dtype).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(self.first(x))
+        return y
+
+
+def feed_forward(rows: int, width: int, hidden: int) -> Callable[..., Inputs]:
+    """A GEGLU feed-forward layer; ours by slices whose hidden activations stay in the cache."""
+
+    def make(dtype: torch.dtype, device: str) -> Inputs:
+        module = FeedForward(width, hidden, dtype).to(device)
+        first, last = module.first.layer, module.out
+        weights = ops.FeedForwardWeights(
+            ops.LinearWeights(first.weight, first.bias),
+            ops.LinearWeights(last.weight, last.bias),
+            "geglu",
+        )
+        x = torch.randn(rows, width, device=device).to(dtype)
+        result = torch.empty_like(x)
+        scratch = x.new_empty(ops.feed_forward_scratch(x, weights, add=False))
+        return _bind(
+            module,
+            (x,),
+            lambda: ops.feed_forward(x, weights, out=result, scratch=scratch),
+            lambda: ops.feed_forward(x, weights),
+            _nbytes(x, first.weight, last.weight, result),
+            6 * rows * width * hidden,
+        )
+
+    return make
+
+
 def temporal_attention(
     batch: int, frames: int, pixels: int, heads: int, dim: int
 ) -> Callable[..., Inputs]:
@@ -427,6 +466,8 @@ CASES = [
          linear(8192, 1152, 4608, "gelu_tanh")),
     Case("linear", "AnimateDiff 8192 rows 320->1280, GEGLU", "compute",
          linear(8192, 320, 1280, "geglu")),
+    Case("feed_forward", "AnimateDiff 32768 rows 320->1280->320, GEGLU", "compute",
+         feed_forward(32768, 320, 1280)),
     Case("temporal_attention", "AnimateDiff 2x16x4096, 8x40", "memory",
          temporal_attention(2, 16, 4096, 8, 40)),
     Case("temporal_attention", "AnimateDiff 2x16x256, 8x160", "memory",
