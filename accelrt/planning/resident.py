@@ -26,14 +26,14 @@ def workspace_bytes(model: nn.Module, device: torch.device, budget_bytes: int = 
     """What is taken beside weights and activations, in operators and between them.
 
     On the CPU oneDNN holds the weights of the running product a second time, in its own
-    order, and those of a convolution a third time, since torch puts channels last before;
-    and one part in a hundred of the budget is left to the heap, which does not return every
-    page that is free.
+    order. Those of a convolution torch has copied to channels last before, and as much again
+    may lie free in the heap until a run looks at it. One part in a hundred of the budget is
+    left to the heap, which does not return every page that is free.
     """
     if device.type == "cuda":
         return 0  # in the device's own pools, which torch reserves once
     largest = max(
-        (p.numel() * p.element_size() * (2 if p.dim() > 2 else 1) for p in model.parameters()),
+        (p.numel() * p.element_size() * (4 if p.dim() > 2 else 1) for p in model.parameters()),
         default=0,
     )
     return largest + budget_bytes // 100
