@@ -10,8 +10,11 @@ import torch
 from model_zoo import tiny_unet, unet_inputs
 
 import accelrt
+from accelrt.groups.slicing import starts
 from accelrt.memory import heap
+from accelrt.memory.arena import Arena, activate
 from accelrt.memory.heap import HeapKeeper, resident_bytes
+from accelrt.planning.resident import workspace_bytes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the resident size is Linux's")
 MIB = 2**20
@@ -97,3 +100,25 @@ def test_groups_of_a_planned_run_look(monkeypatch):
         model(**inputs)
     assert looks
     assert None not in looks
+
+
+def test_slices_of_a_planned_run_look(monkeypatch):
+    """Between slices, not only behind the last one."""
+    looks = []
+    monkeypatch.setattr(HeapKeeper, "keep", lambda self: looks.append(1))
+    like = torch.empty(1)
+    assert list(starts(6, 2, like)) == [0, 2, 4]
+    assert not looks
+    with activate(Arena("cpu")):
+        assert list(starts(6, 2, like)) == [0, 2, 4]
+    assert len(looks) == 3
+
+
+def test_copies_of_weights_are_planned_for():
+    """A convolution's are copied, reordered, and left in the heap; a product's are reordered."""
+    conv, linear = torch.nn.Conv2d(8, 8, 3), torch.nn.Linear(40, 40)
+    cpu = torch.device("cpu")
+    assert workspace_bytes(conv, cpu) == 4 * 8 * 8 * 9 * 4
+    assert workspace_bytes(linear, cpu) == 40 * 40 * 4
+    assert workspace_bytes(conv, cpu, 1000) == 4 * 8 * 8 * 9 * 4 + 10
+    assert workspace_bytes(conv, torch.device("cuda"), 1000) == 0
