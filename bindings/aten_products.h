@@ -31,6 +31,7 @@ class AtenProducts : public Products {
 // Whether our product of rows with `depth` elements, or our attention over heads with `head_dim`
 // channels, is ahead of torch's on this processor.
 bool own_linear_is_faster(DType dtype, int64_t depth);
+bool own_conv_is_faster(DType dtype);
 bool own_attention_is_faster(DType dtype, int64_t head_dim);
 
 // A product on CUDA by our kernel, if own_cuda_products() and it takes the call. False: nothing was

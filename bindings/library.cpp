@@ -26,6 +26,9 @@ STABLE_TORCH_LIBRARY(accelrt, m) {
       "linear(Tensor x, Tensor weight, Tensor? bias, int epilogue, Tensor? gate, "
       "int rows_per_sample, Tensor(a!) out) -> ()");
   m.def(
+      "conv2d(Tensor x, Tensor weight, Tensor? bias, int stride_height, int stride_width, "
+      "int padding_height, int padding_width, Tensor(a!) out) -> ()");
+  m.def(
       "transformer_block(Tensor(a!) stream, Tensor modulation, Tensor? norm1_weight, "
       "Tensor? norm1_bias, float norm1_eps, Tensor? norm2_weight, Tensor? norm2_bias, "
       "float norm2_eps, Tensor q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, "

@@ -80,6 +80,12 @@ PYBIND11_MODULE(_C, m) {
       py::arg("dtype"), py::arg("depth"),
       "Whether `linear` on the CPU is ahead of torch's for rows of `depth` elements.");
   m.def(
+      "own_conv_is_faster",
+      [](const std::string& dtype) {
+        return accelrt::bindings::own_conv_is_faster(dtype_of(dtype));
+      },
+      py::arg("dtype"), "Whether `conv2d` on the CPU is ahead of torch's.");
+  m.def(
       "own_attention_is_faster",
       [](const std::string& dtype, int64_t head_dim) {
         return accelrt::bindings::own_attention_is_faster(dtype_of(dtype), head_dim);

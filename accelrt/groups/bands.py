@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from accelrt import ops
 from accelrt.config import Config
 
+from .convolve import conv2d, convolve
 from .norms import GroupNormAct
 from .recognise import has_plain_weights, is_plain, is_pointwise_conv, is_silu, plain_norm
 from .slicing import slice_length, starts
@@ -155,7 +156,7 @@ class ConvRows:
         if last:
             buffer.window(1).zero_()
         rows = buffer.rows[:, :, : buffer.filled]
-        y = F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1), groups=conv.groups)
+        y = conv2d(rows, conv.weight, conv.bias, padding=(0, 1), groups=conv.groups)
         if not last:
             buffer.drop(buffer.filled - 2)
         return y
@@ -371,7 +372,7 @@ class BandedResnet:
             residual = xs if ys is None else torch.cat([xs, ys], dim=1)
             del xs, ys
             if block.conv_shortcut is not None:
-                residual = block.conv_shortcut(residual)
+                residual = convolve(block.conv_shortcut, residual)
             rows = self.conv2.emit(stop >= self.height)
             ops.residual_blend(nhwc(residual), nhwc(rows), scale=scale, out=nhwc(out[:, :, a:b]))
             del rows, residual

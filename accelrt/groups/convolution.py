@@ -11,6 +11,7 @@ from accelrt.config import Config
 
 from .bands import ConvRows, conv_in_bands, is_row_conv, rows_per_band, takes_rows
 from .base import FUSED, Group, Status
+from .convolve import convolve
 from .norms import GroupNormAct, unfused_norm
 from .recognise import is_plain_conv
 from .skips import RecomputedSkip
@@ -35,10 +36,10 @@ def over_images(module: Any, x: Tensor, config: Config, *, plain: bool) -> tuple
     size = max(out_channels, x.shape[1]) * x.shape[2] * x.shape[3] * x.element_size()
     n = slice_length(images, config.frames_per_slice, size, config, x.device) if plain else images
     if n >= images:
-        return channels_last(module(x)), images
+        return channels_last(convolve(module, x, fuse=config.fuse)), images
     out: Tensor | None = None
     for start in starts(images, n, x):
-        y = module(x[start : start + n])
+        y = convolve(module, x[start : start + n], fuse=config.fuse)
         if out is None:
             out = empty_images(y, images, *y.shape[1:])
         out[start : start + n] = y
@@ -51,9 +52,13 @@ def skips_are_ours(state: State) -> bool:
     return not state.extras.get("adapter") and state.extras.get("down_residuals") is None
 
 
-def recomputed(module: Any, x: Tensor, like: Tensor) -> RecomputedSkip:
+def recomputed(module: Any, x: Tensor, like: Tensor, config: Config) -> RecomputedSkip:
     """The skip ``module(x)``, of which ``like`` is the value."""
-    return RecomputedSkip(lambda start, stop: channels_last(module(x[start:stop])), like)
+
+    def images(start: int, stop: int) -> Tensor:
+        return channels_last(convolve(module, x[start:stop], fuse=config.fuse))
+
+    return RecomputedSkip(images, like)
 
 
 class ConvInGroup(Group):
@@ -111,7 +116,7 @@ class ConvInGroup(Group):
         if self.push:
             plain = is_plain_conv(self.module) and self.config.recomputes
             again = plain and skips_are_ours(state)
-            state.skips.append(recomputed(self.module, sample, x) if again else x)
+            state.skips.append(recomputed(self.module, sample, x, self.config) if again else x)
         state.hidden = x
 
 
@@ -173,14 +178,14 @@ class OutGroup(Group):
         self.measured(n, images)
         if n >= images:
             h = x if norm is None else norm(x)
-            state.hidden = conv(h).contiguous()
+            state.hidden = convolve(conv, h, fuse=self.config.fuse).contiguous()
             if not is_plain_conv(conv):
                 state.hold(state.hidden)
             return
         out: Tensor | None = None
         for start in starts(images, n, x):
             xs = x[start : start + n]
-            h = conv(xs if norm is None else norm(xs))
+            h = convolve(conv, xs if norm is None else norm(xs), fuse=self.config.fuse)
             if out is None:
                 out = torch.empty((images, *h.shape[1:]), dtype=h.dtype, device=h.device)
             out[start : start + n] = h

@@ -22,18 +22,19 @@ from .slicing import current_probe
 #: Fewer rows do not make up for the panels of weights, which our kernel makes in every call.
 FEWEST_ROWS = 32
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+#: As the extension names them.
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _linear_is_ours(dtype: torch.dtype, depth: int) -> bool:
-    name = _NAMES.get(dtype)
+    name = DTYPE_NAMES.get(dtype)
     return name is not None and _C.own_linear_is_faster(name, depth)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _attention_is_ours(dtype: torch.dtype, head_dim: int, device_type: str) -> bool:
-    name = _NAMES.get(dtype)
+    name = DTYPE_NAMES.get(dtype)
     if name is None:
         return False
     if device_type == "cpu":
@@ -50,7 +51,8 @@ def _device_type(x: Tensor) -> str:
     return "cpu" if probe is None else probe.device_type
 
 
-def _runs_on_cpu(x: Tensor) -> bool:
+def runs_on_cpu(x: Tensor) -> bool:
+    """Where it is, or is planned for."""
     return _device_type(x) == "cpu"
 
 
@@ -75,7 +77,7 @@ def _has_rows(x: Tensor) -> bool:
 def is_ours(layer: nn.Module, x: Tensor) -> bool:
     """A plain linear layer that our kernel computes for the rows of ``x`` ``[..., K]``."""
     return (
-        _runs_on_cpu(x)
+        runs_on_cpu(x)
         and is_plain_linear(layer)
         and has_plain_weights(layer, x.dtype)
         and _linear_is_ours(x.dtype, x.shape[-1])
@@ -93,7 +95,7 @@ def project(layer: Any, x: Tensor, *, fuse: bool = True) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` for ``[..., K]``, with plain weights in the dtype of ``x``."""
-    ours = _runs_on_cpu(x) and _linear_is_ours(x.dtype, x.shape[-1])
+    ours = runs_on_cpu(x) and _linear_is_ours(x.dtype, x.shape[-1])
     if ours and weight.is_contiguous() and _has_rows(x):
         return _own(x, weight, bias)
     return F.linear(x, weight, bias)

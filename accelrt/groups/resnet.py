@@ -21,6 +21,7 @@ from .bands import (
     upsampler_conv,
 )
 from .base import UNTOUCHED, Group, Status, by_name
+from .convolve import convolve, enlarge
 from .norms import GroupNormAct, unfused_norm
 from .recognise import is_inactive_dropout, is_plain_conv, is_silu
 from .sampling import UpsampleGroup
@@ -197,24 +198,23 @@ class ResnetGroup(Group):
             xs = x if single else x[start:stop]
             ys = _images(x2, start, stop)
             if before is not None:
-                enlarge: Any = before.module
-                xs = channels_last(enlarge(xs, plan.size))
+                xs = channels_last(enlarge(before.module, xs, plan.size, fuse=fuse))
                 keep_to_plan()  # a convolution leaves copies of its weights in the heap
             h = first(xs, ys)
             if resample is not None:
                 h = resample(h)
-            h = block.conv1(h)
+            h = convolve(block.conv1, h, fuse=fuse)
             keep_to_plan()
             add, times, shift = (_images(t, start, stop) for t in modulation)
             h = second(h, add=add, scale=times, shift=shift, overwrite=overwrite1)
-            h = block.conv2(h)
+            h = convolve(block.conv2, h, fuse=fuse)
             keep_to_plan()
             residual = xs if ys is None else torch.cat([xs, ys], dim=1)
             del xs, ys
             if resample is not None:
                 residual = resample(residual)
             if block.conv_shortcut is not None:
-                residual = block.conv_shortcut(residual)
+                residual = convolve(block.conv_shortcut, residual, fuse=fuse)
             if single:
                 target = h if overwrite2 else torch.empty_like(h)
                 out = target

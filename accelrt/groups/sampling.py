@@ -14,6 +14,7 @@ from accelrt.config import Config
 from .bands import NearestRows, enlarge_in_bands, rows_per_band, upsampler_conv
 from .base import Group, by_name
 from .convolution import over_images, recomputed, skips_are_ours
+from .convolve import enlarge
 from .recognise import is_plain
 from .slicing import slice_length, starts
 from .state import State, channels_last, empty_images
@@ -63,7 +64,7 @@ class DownsampleGroup(Group):
             return
         again = self.config.recomputes and not self.left_alone and plain and skips_are_ours(state)
         from_skip = bool(state.skips) and state.skips[-1] is x
-        state.skips.append(recomputed(module, x, y) if again and from_skip else y)
+        state.skips.append(recomputed(module, x, y, self.config) if again and from_skip else y)
 
 
 class UpsampleGroup(Group):
@@ -164,10 +165,10 @@ class UpsampleGroup(Group):
         self.axis = "frames"
         self.measured(n, images)
         if n >= images:
-            state.hidden = channels_last(module(x, size))
+            state.hidden = channels_last(enlarge(module, x, size, fuse=self.config.fuse))
             return
         for start in starts(images, n, x):
-            y = module(x[start : start + n], size)
+            y = enlarge(module, x[start : start + n], size, fuse=self.config.fuse)
             if out is None:
                 out = empty_images(y, images, *y.shape[1:])
             out[start : start + n] = y

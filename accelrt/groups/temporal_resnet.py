@@ -14,6 +14,7 @@ from accelrt import ops
 from accelrt.config import Config
 
 from .base import Group, StockGroup, container_reason
+from .convolve import along_frames
 from .mixing import image_only, mixer_reason, temporal_weight
 from .norms import ClipNorm, planar, unfused_norm
 from .recognise import is_inactive_dropout, is_plain, is_silu, plain_norm
@@ -229,7 +230,7 @@ class TemporalResnetGroup(Group):
         stats: Tensor | None = None
         hidden: Tensor | None = None
         for start in starts(pixels, p, x):
-            y = _along_frames(block.conv1, first(start, start + p), frames)
+            y = along_frames(block.conv1, first(start, start + p), frames)
             if merge:
                 stats = ops.group_norm_stats(
                     planar(y), block.norm2.num_groups, add=rows, frames=frames,
@@ -252,11 +253,11 @@ class TemporalResnetGroup(Group):
         for start in starts(pixels, p, x):
             part = slice(start, start + p)
             if hidden is None:
-                y = _along_frames(block.conv1, first(start, start + p), frames)
+                y = along_frames(block.conv1, first(start, start + p), frames)
                 y = ClipNorm(block.norm2, act, planar(y), frames, add=rows, stats=stats)(0, p)
             else:
                 y = second(start, start + p)
-            y = _along_frames(block.conv2, y, frames)
+            y = along_frames(block.conv2, y, frames)
             blend(source[:, part], y, out[:, part])
             del y
 
@@ -287,10 +288,3 @@ def is_temporal_conv(module: object) -> bool:
         and module.padding == (module.dilation[0] * (taps // 2), 0, 0)
         and module.padding_mode == "zeros"
     )
-
-
-def _along_frames(conv: nn.Module, x: Tensor, frames: int) -> Tensor:
-    """Apply a temporal convolution to contiguous ``[B * T, P, C]``."""
-    clips = x.view(-1, frames, 1, *x.shape[1:])  # [B, T, 1, P, C]
-    y: Tensor = conv(clips.permute(0, 4, 1, 2, 3))
-    return y.permute(0, 2, 3, 4, 1).reshape(x.shape[0], x.shape[1], -1)

@@ -23,6 +23,7 @@ from .block import (
     transformer_block,
     transformer_block_workspace,
 )
+from .conv2d import conv2d
 from .feed_forward import feed_forward, feed_forward_scratch
 from .group_norm import group_norm_apply, group_norm_merge, group_norm_stats
 from .layer_norm import gate_residual_layer_norm_modulate, layer_norm_modulate
@@ -41,6 +42,7 @@ __all__ = [
     "NormWeights",
     "attention",
     "context_keys",
+    "conv2d",
     "feature_delta",
     "feed_forward",
     "feed_forward_scratch",

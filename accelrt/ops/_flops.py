@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -48,6 +49,14 @@ def product_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     return int(2 * x[0] * x[1] * weight[0])
 
 
+def convolution_flops(*args: Any, **_: Any) -> int:
+    """FLOPs of ``conv2d``: ``weight`` ``[O, C, kh, kw]`` for every pixel of ``out``."""
+    given = _named("conv2d", args)
+    out_channels, channels, *kernel = given["weight"]
+    pixels = math.prod(given["out"][:3])
+    return int(2 * pixels * out_channels * channels * math.prod(kernel))
+
+
 def feed_forward_flops(*args: Any, **_: Any) -> int:
     """FLOPs of ``feed_forward``; tensors are given as their shapes."""
     given = _named("feed_forward", args)
@@ -60,5 +69,6 @@ def register() -> None:
     ops: Any = torch.ops.accelrt
     register_flop_formula(ops.transformer_block)(block_flops)
     register_flop_formula(ops.feed_forward)(feed_forward_flops)
+    register_flop_formula(ops.conv2d)(convolution_flops)
     register_flop_formula(ops.attention)(attention_flops)
     register_flop_formula([ops.linear, ops.block_projection])(product_flops)

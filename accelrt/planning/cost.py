@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from accelrt import ops
 from accelrt.files import write_text
+from accelrt.groups.convolve import conv2d
 from accelrt.groups.products import attention, linear
 
-VERSION = 3
+VERSION = 4
 
 #: Pairs of rows and FLOP/s, by rows.
 Rates = tuple[tuple[int, float], ...]
@@ -212,11 +212,11 @@ def profile(device: torch.device, dtype: torch.dtype) -> Machine:
             rate = 2 * count * weight.numel() / max(whole - product_overhead, 1e-9)
             product_rates.append((count, max([rate, *(r for _, r in product_rates)])))
         wide, kernel = image(1, 320, 32), tensor(320, 320, 3, 3)
-        whole = seconds(lambda: F.conv2d(wide, kernel, padding=1))
+        whole = seconds(lambda: conv2d(wide, kernel, None, padding=(1, 1)))
         flops = 2 * 9 * 320**2 * 32**2
         convolution_rate = flops / max(whole - overhead, 1e-9)
         tiny, kernel2 = image(1, 1280, 4), tensor(1280, 1280, 3, 3)
-        short = seconds(lambda: F.conv2d(tiny, kernel2, padding=1)) - overhead
+        short = seconds(lambda: conv2d(tiny, kernel2, None, padding=(1, 1))) - overhead
         short -= 2 * 9 * 1280**2 * 16 / convolution_rate
         kernel_bandwidth = size(kernel2) / max(short, 1e-7)
         q = tensor(1, ATTENTION_ROWS[-1], 8, 64)
@@ -296,7 +296,9 @@ def seconds_of(name: str, args: tuple[Any, ...], result: Any, rates: Machine) ->
         return rates.view_overhead
     tensors = [a for a in args if isinstance(a, Tensor)]
     out = result if isinstance(result, Tensor) else None
-    if name in ("convolution", "_convolution") and out is not None and len(tensors) > 1:
+    if name == "conv2d" and len(tensors) > 2:  # ours: the output comes last
+        out = tensors[-1]
+    if name in ("convolution", "_convolution", "conv2d") and out is not None and len(tensors) > 1:
         weight = tensors[1]
         return rates.overhead + (
             2 * out.numel() * weight[0].numel() / rates.convolution_rate

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from accelrt.ops._flops import attention_flops, block_flops, product_flops
+from accelrt.ops._flops import attention_flops, block_flops, convolution_flops, product_flops
 
 Shape = tuple[int, ...]
 #: Shape, dtype by name, and value if it is no tensor.
@@ -153,6 +153,8 @@ def _flops(space: str, plain: str, arguments: tuple[Argument, ...]) -> int:
             return attention_flops(*shapes)
         if plain in ("linear", "block_projection"):
             return product_flops(*shapes)
+        if plain == "conv2d":
+            return convolution_flops(*shapes)
         if plain == "temporal_attention":
             return int(4 * math.prod(shapes[0]) * shapes[1][1])
         return 0

@@ -17,6 +17,7 @@ from .block import (
     NormWeights,
     transformer_block,
 )
+from .conv2d import conv2d
 from .feed_forward import feed_forward
 from .group_norm import group_norm_apply, group_norm_merge, group_norm_stats
 from .layer_norm import gate_residual_layer_norm_modulate, layer_norm_modulate
@@ -31,6 +32,7 @@ __all__ = [
     "LinearWeights",
     "NormWeights",
     "attention",
+    "conv2d",
     "feature_delta",
     "feed_forward",
     "gate_residual_layer_norm_modulate",

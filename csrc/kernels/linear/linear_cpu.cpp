@@ -30,28 +30,6 @@ constexpr int64_t kCrowded = 2048;
 // second- or third-level cache, since every panel reads them again.
 constexpr int64_t kChunk = 60 * kRows;
 
-// sums += unit * w, the unit at p in every lane.
-template <typename T>
-inline VFloat multiply_add(const void* p, VFloat w, VFloat sums) {
-#if defined(__AVX512BF16__)
-  if constexpr (kPairs<T>) {
-    int32_t unit;
-    std::memcpy(&unit, p, 4);
-    return (VFloat)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(unit), (__m512bh)w);
-  }
-#endif
-  float unit;
-  std::memcpy(&unit, p, 4);
-#if defined(__AVX512F__)
-  const VFloat all = (VFloat)_mm512_set1_ps(unit);
-#elif defined(__AVX2__)
-  const VFloat all = (VFloat)_mm256_set1_ps(unit);
-#else
-  const VFloat all = VFloat{} + unit;
-#endif
-  return fma(Vec(all), Vec(w), Vec(sums)).v;
-}
-
 // The sums of kCount rows, `stride` bytes apart, with a panel. The addresses are those of every
 // third row and multiples of the stride, which fit into the registers. `next`, the rows that come
 // after these, is fetched along the way: for the hardware every row is a new stream.

@@ -39,6 +39,28 @@ int64_t units_of(int64_t depth) {
   return (depth + kUnit<T> - 1) / kUnit<T>;
 }
 
+// sums += unit * w, the unit at p in every lane.
+template <typename T>
+inline VFloat multiply_add(const void* p, VFloat w, VFloat sums) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs<T>) {
+    int32_t unit;
+    std::memcpy(&unit, p, 4);
+    return (VFloat)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(unit), (__m512bh)w);
+  }
+#endif
+  float unit;
+  std::memcpy(&unit, p, 4);
+#if defined(__AVX512F__)
+  const VFloat all = (VFloat)_mm512_set1_ps(unit);
+#elif defined(__AVX2__)
+  const VFloat all = (VFloat)_mm256_set1_ps(unit);
+#else
+  const VFloat all = VFloat{} + unit;
+#endif
+  return fma(Vec(all), Vec(w), Vec(sums)).v;
+}
+
 // kLanes units of a row that has `left` elements; zeros past its end.
 template <typename T>
 VFloat load_units(const T* p, int64_t left) {

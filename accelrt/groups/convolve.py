@@ -1,0 +1,137 @@
+"""Convolutions, and the modules around one: our kernel where it is the faster, torch's elsewhere.
+
+Which it is depends on processor and dtype and is decided in the extension
+(``own_conv_is_faster``): ours serves where torch's has no instructions for the dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from accelrt import _C, ops
+
+from .products import DTYPE_NAMES, runs_on_cpu
+from .recognise import has_plain_weights, is_plain
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def conv_is_ours(dtype: torch.dtype) -> bool:
+    """Whether our kernel is the faster one on this processor for ``dtype``."""
+    name = DTYPE_NAMES.get(dtype)
+    return name is not None and _C.own_conv_is_faster(name)
+
+
+def _serves(x: Tensor, weight: Tensor) -> bool:
+    """Our kernel is the faster one and reads ``x`` ``[N, C, H, W]`` and ``weight`` as they are."""
+    return (
+        runs_on_cpu(x)
+        and conv_is_ours(x.dtype)
+        and weight.dtype == x.dtype
+        and (x.stride(1) == 1 or x.shape[1] == 1)
+        and min(x.shape) > 0
+        and (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last))
+    )
+
+
+def _is_known(conv: object, cls: type, dtype: torch.dtype) -> bool:
+    """A plain convolution of one group without dilation, padded with zeros."""
+    return (
+        is_plain(conv, cls)
+        and has_plain_weights(conv, dtype)  # type: ignore[arg-type]
+        and conv.groups == 1  # type: ignore[attr-defined]
+        and not any(d != 1 for d in conv.dilation)  # type: ignore[attr-defined]
+        and conv.padding_mode == "zeros"  # type: ignore[attr-defined]
+        and not isinstance(conv.padding, str)  # type: ignore[attr-defined]
+    )
+
+
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, padding: tuple[int, int], groups: int = 1
+) -> Tensor:
+    """``F.conv2d`` of ``[N, C, H, W]``, with plain weights in the dtype of ``x``."""
+    if groups == 1 and _serves(x, weight):
+        return ops.conv2d(x, weight, bias, padding=padding)
+    return F.conv2d(x, weight, bias, padding=padding, groups=groups)
+
+
+def convolve(module: Any, x: Tensor, *, fuse: bool = True) -> Tensor:
+    """``module(x)`` for a ``Conv2d``, a ``Downsample2D``, or anything else.
+
+    Args:
+        module: called as it came, with its hooks, unless it is recognised.
+        x: ``[N, C, H, W]``.
+        fuse: ``False``: as it came.
+    """
+    if fuse and _is_known(module, nn.Conv2d, x.dtype) and _serves(x, module.weight):
+        return ops.conv2d(
+            x, module.weight, module.bias, stride=module.stride, padding=module.padding
+        )
+    if fuse and is_plain(module, Downsample2D) and module.use_conv and module.norm is None:
+        conv = module.conv
+        if _is_known(conv, nn.Conv2d, x.dtype) and _serves(x, conv.weight):
+            # Without padding of its own, the module has one at the far ends alone.
+            return convolve(conv, F.pad(x, (0, 1, 0, 1)) if module.padding == 0 else x)
+    y: Tensor = module(x)
+    return y
+
+
+def enlarge(
+    module: Any, x: Tensor, size: tuple[int, int] | None = None, *, fuse: bool = True
+) -> Tensor:
+    """``module(x, size)`` of an ``Upsample2D``.
+
+    Args:
+        module: called as it came, with its hooks, unless it is recognised.
+        x: ``[N, C, h, w]``.
+        size: height and width of the output; twice those of ``x`` if ``None``.
+        fuse: ``False``: as it came.
+    """
+    conv: Any = getattr(
+        module, "conv" if getattr(module, "name", "") == "conv" else "Conv2d_0", None
+    )
+    if (
+        fuse
+        and is_plain(module, Upsample2D)
+        and module.norm is None
+        and not module.use_conv_transpose
+        and module.use_conv
+        and module.interpolate
+        and _is_known(conv, nn.Conv2d, x.dtype)
+        and _serves(x, conv.weight)
+    ):
+        return convolve(conv, _nearest(x, size))
+    y: Tensor = module(x, size)
+    return y
+
+
+def _nearest(x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    if size is None:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    return F.interpolate(x, size=size, mode="nearest")
+
+
+def along_frames(conv: Any, x: Tensor, frames: int) -> Tensor:
+    """A convolution along the frames alone, with a kernel of ``(taps, 1, 1)``.
+
+    Args:
+        conv: of class ``Conv3d``, or around one.
+        x: ``[B * T, P, C]``, contiguous.
+        frames: ``T``.
+
+    Returns:
+        ``[B * T, P, C']``, contiguous.
+    """
+    clips = x.view(-1, frames, *x.shape[1:])  # [B, T, P, C]
+    if _is_known(conv, nn.Conv3d, x.dtype):
+        images, weight = clips.permute(0, 3, 1, 2), conv.weight.squeeze(-1)
+        if _serves(images, weight):
+            z = ops.conv2d(images, weight, conv.bias, padding=conv.padding[:2])
+            return z.permute(0, 2, 3, 1).reshape(x.shape[0], x.shape[1], -1)
+    y: Tensor = conv(clips.unsqueeze(2).permute(0, 4, 1, 2, 3))
+    return y.permute(0, 2, 3, 4, 1).reshape(x.shape[0], x.shape[1], -1)
