@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from accelrt.benchmarking.gpu_use import DriverWatch
+from accelrt.benchmarking.tables import driver_markdown
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
@@ -35,15 +38,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
+    config.stash[_DRIVER] = DriverWatch(config.getoption("--bench-device"))
 
 
 _ROWS: pytest.StashKey[list[dict[str, object]]] = pytest.StashKey()
+_DRIVER: pytest.StashKey[DriverWatch] = pytest.StashKey()
 
 
 @pytest.fixture
 def op_results(pytestconfig: pytest.Config) -> list[dict[str, object]]:
     """Rows of the operators' table."""
     return pytestconfig.stash[_ROWS]
+
+
+@pytest.fixture
+def driver(pytestconfig: pytest.Config) -> DriverWatch:
+    """Of the device, for the whole table."""
+    return pytestconfig.stash[_DRIVER]
 
 
 def markdown(rows: list[dict[str, object]]) -> str:
@@ -78,7 +89,9 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         return
     device = config.getoption("--bench-device")
     terminalreporter.write_sep("=", f"operators on {device}: ratios within one run, medians")
-    terminalreporter.write_line(markdown(rows))
+    gpu = config.stash[_DRIVER].found
+    page = markdown(rows) + "\n\n" + driver_markdown(gpu, "call")
+    terminalreporter.write_line(page)
     slower = [r for r in rows if float(str(r["over eager"])) < 1.0]
     below = [r for r in rows if r["of copy"] is not None and float(str(r["of copy"])) < 0.6]
     for title, found in (("slower than eager", slower), ("below 60 % of copy", below)):
@@ -87,6 +100,6 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if config.getoption("--bench-save"):
         folder = HERE / "results"
         folder.mkdir(exist_ok=True)
-        document = {"machine": machine(device), "rows": rows}
+        document = {"machine": machine(device), "gpu": gpu.to_dict(), "rows": rows}
         (folder / f"ops-{device}.json").write_text(json.dumps(document, indent=1) + "\n")
-        (folder / f"ops-{device}.md").write_text(markdown(rows) + "\n")
+        (folder / f"ops-{device}.md").write_text(page)

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import model_zoo as zoo
 import torch
+import zoo_pixart
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 from zoo_pipelines import FAMILIES
@@ -37,6 +39,27 @@ def module_for(pipe: Any, scale: float = 0.3, **settings: Any) -> FeedbackModule
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
         module.scales.copy_(scale * torch.randn(module.scales.shape, generator=generator))
     return module
+
+
+def model_and_inputs(name: str, batch: int) -> tuple[Any, dict[str, Any]]:
+    if name == "dit":
+        labels = torch.tensor([1, 1000, 7, 3])[:batch]
+        times = torch.full((batch,), 420)
+        x = zoo.normal(batch, 4, 8, 8, seed=3)
+        return zoo.tiny_dit(), {"hidden_states": x, "timestep": times, "class_labels": labels}
+    model = zoo_pixart.alpha_1024() if name == "pixart-alpha" else zoo_pixart.tiny_pixart()
+    inputs = zoo_pixart.inputs(batch, 8, 8)
+    inputs["timestep"] = torch.full((batch,), 420)
+    if name == "pixart-alpha":
+        inputs["added_cond_kwargs"] = zoo_pixart.conditions(batch)
+    return model, inputs
+
+
+class Box:
+    """What :func:`module_for` needs of a pipeline."""
+
+    def __init__(self, model: Any) -> None:
+        self.transformer = model
 
 
 def pipeline(name: str, dtype: torch.dtype = torch.float64) -> Any:

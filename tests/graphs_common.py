@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,23 @@ def call(model: Any, inputs: dict[str, Any]) -> Tensor:
         out = model(**inputs, return_dict=False)[0]
     assert isinstance(out, Tensor)
     return out
+
+
+def pair(build: Any, dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[Any, Any]:
+    """A model wrapped with graphs, and one without."""
+    model = build().to(dtype)
+    other = copy.deepcopy(model)
+    plain = {k: v for k, v in settings.items() if "graphs" not in k}
+    accelrt.wrap(other, **plain)
+    return accelrt.wrap(model, **{"cuda_graphs": True, **settings}), other
+
+
+def dit_inputs(batch: int = 2, side: int = 8) -> dict[str, Tensor]:
+    return {
+        "hidden_states": zoo.normal(batch, 4, side, side),
+        "timestep": torch.tensor([7, 301, 999])[:batch],
+        "class_labels": torch.tensor([3, 77, 1000])[:batch],
+    }
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from lines import EqualTime, Line
 from measure import Baselines, Row, Samples
 from reference_digits.measures import frechet_distance
 
+from accelrt.benchmarking.gpu_use import GpuUse
 from accelrt.feedback import FeedbackModule
 
 STEPS, OUTER, BLOCKS = 9, 4, 8
@@ -416,6 +417,7 @@ def small_table(**other: Any) -> table.Table:
         "equal_time": lines.equal_time(LINES),
         "tried": {"fast cache": 0.8},
         "left_out": {"SeaCache": "serves others"},
+        "gpu": GpuUse("the pipeline runs on the CPU"),
     }
     return table.Table(**{**values, **other})
 
@@ -444,6 +446,7 @@ def test_files(tmp_path: Path) -> None:
     assert expected in text
     assert "- Left out: SeaCache: serves others." in text
     assert "## Modules" not in text  # only the table's own
+    assert text.endswith("By the driver of the GPU: the pipeline runs on the CPU.\n")
     assert paths[2].read_bytes().startswith(b"\x89PNG")
 
 

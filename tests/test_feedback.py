@@ -1,10 +1,9 @@
-"""Inner Loop Feedback: the module, and the runtime against hooks on the stock model."""
+"""Inner Loop Feedback: the runtime against hooks on the stock model."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,220 +13,25 @@ import pytest
 import torch
 import zoo_pixart
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
-from feedback_common import MASK, NAMES, STANDS_FOR, TIMES, module_for, pipeline, wrapped
+from feedback_common import (
+    MASK,
+    NAMES,
+    STANDS_FOR,
+    TIMES,
+    Box,
+    model_and_inputs,
+    module_for,
+    pipeline,
+    wrapped,
+)  # fmt: skip
+from model_zoo import one_thread  # noqa: F401
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import accelrt
-from accelrt.feedback import FeedbackModule, FeedbackSchedule
-from accelrt.feedback.schedule import shrinking
 from accelrt.quality import compare
 from accelrt.steps.ahead import AheadOutputs
-from accelrt.steps.conditions import rows_of_times
 from accelrt.wrap import forwards
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def model_and_inputs(name: str, batch: int) -> tuple[Any, dict[str, Any]]:
-    if name == "dit":
-        labels = torch.tensor([1, 1000, 7, 3])[:batch]
-        times = torch.full((batch,), 420)
-        x = zoo.normal(batch, 4, 8, 8, seed=3)
-        return zoo.tiny_dit(), {"hidden_states": x, "timestep": times, "class_labels": labels}
-    model = zoo_pixart.alpha_1024() if name == "pixart-alpha" else zoo_pixart.tiny_pixart()
-    inputs = zoo_pixart.inputs(batch, 8, 8)
-    inputs["timestep"] = torch.full((batch,), 420)
-    if name == "pixart-alpha":
-        inputs["added_cond_kwargs"] = zoo_pixart.conditions(batch)
-    return model, inputs
-
-
-class Box:
-    """What :func:`module_for` needs of a pipeline."""
-
-    def __init__(self, model: Any) -> None:
-        self.transformer = model
-
-
-# The module
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("enters", ["every", "first"])
-def test_scales_of_zero_leave_the_stock_model_as_it_is(name: str, passes: int, enters: str) -> None:
-    model, inputs = model_and_inputs(name, 3)
-    module = module_for(Box(model), 0.0, length=2, passes=passes, enters=enters)
-    with torch.no_grad():
-        before = model(**inputs).sample
-        with module.applied(model):
-            found = model(**inputs).sample
-        assert torch.equal(before, found)
-        module.scales += 0.5
-        with module.applied(model):
-            assert not torch.equal(before, model(**inputs).sample)
-        assert torch.equal(before, model(**inputs).sample)  # the hooks are gone
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_gradients_reach_only_the_feedback_block_and_its_scales(name: str) -> None:
-    model, inputs = model_and_inputs(name, 2)
-    module = module_for(Box(model))
-    model.requires_grad_(False)
-    with module.applied(model):
-        model(**inputs).sample.square().mean().backward()
-    assert all(p.grad is None for p in model.parameters())
-    assert module.scales.grad is not None
-    assert module.scales.grad.abs().sum() > 0
-    assert module.block.ff.net[2].weight.grad.abs().sum() > 0
-
-
-def test_without_learned_scales_the_feedback_begins_at_its_last_layer() -> None:
-    model, inputs = model_and_inputs("dit", 2)
-    module = FeedbackModule.from_backbone(model, start=0, length=2, learned_scale=False)
-    assert not any(name == "scales" for name, _ in module.named_parameters())
-    assert not module.block.ff.net[2].weight.any()
-    with torch.no_grad(), module.applied(model):
-        assert torch.isfinite(model(**inputs).sample).all()
-
-
-def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
-    model, inputs = model_and_inputs("pixart-sigma", 2)
-    module = module_for(Box(model), length=2, conditioning="ahead", scale_shape="block")
-    module.save_pretrained(tmp_path)
-    assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
-    again = FeedbackModule.from_pretrained(tmp_path)
-    assert again.schedules == module.schedules
-    assert again.scales.shape == (2, 1)
-    again.check(model)
-    with torch.no_grad():
-        with module.applied(model):
-            expected = model(**inputs).sample
-        with again.applied(model):
-            assert torch.equal(model(**inputs).sample, expected)
-
-
-def test_another_model_is_refused() -> None:
-    model, _ = model_and_inputs("dit", 1)
-    module = module_for(Box(model))
-    with pytest.raises(ValueError, match="DiTTransformer2DModel, not PixArtTransformer2DModel"):
-        module.check(zoo_pixart.tiny_pixart())
-    with pytest.raises(ValueError, match="another DiTTransformer2DModel"):
-        module.check(zoo.tiny_dit(num_layers=4))
-    other = zoo.clone(model, torch.float32)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter *= 1.5
-    with pytest.raises(ValueError, match="with other weights"):
-        module.check(other)
-    module.check(zoo.clone(model, torch.bfloat16))
-    with pytest.raises(ValueError, match="with other weights"):
-        accelrt.wrap(other, feedback=module)
-    assert not accelrt.is_wrapped(other)
-
-
-@pytest.mark.parametrize(
-    ("settings", "match"),
-    [
-        ({"start": 3}, "do not fit in 3 blocks"),
-        ({"start": 0, "length": 4}, "do not fit in 3 blocks"),
-        ({"length": 0}, "do not fit"),
-        ({"copy_block": 3}, "copy_block is 3; allowed: 0 to 2"),
-        ({"passes": 0}, "passes is 0"),
-        ({"enters": "middle"}, "enters is 'middle'; allowed: every, first"),
-        ({"scale_shape": "row"}, "scale_shape is 'row'"),
-        ({"conditioning": "t-1"}, "conditioning is 't-1'; allowed: t, ahead, next"),
-    ],
-)
-def test_wrong_settings_are_refused(settings: dict[str, Any], match: str) -> None:
-    model, _ = model_and_inputs("dit", 1)
-    with pytest.raises(ValueError, match=match):
-        FeedbackModule.from_backbone(model, **settings)
-
-
-def test_models_without_like_blocks_are_refused() -> None:
-    with pytest.raises(ValueError, match="UNetMotionModel has no list of like blocks"):
-        FeedbackModule.from_backbone(zoo.tiny_unet())
-
-
-# Schedules
-
-
-@pytest.mark.parametrize(
-    ("values", "match"),
-    [
-        ({"feedback": ()}, "feedback is"),
-        ({"feedback": (True, 1)}, "feedback is"),
-        ({"feedback": (True, True), "timesteps": (5,)}, "1 timesteps for 2"),
-        ({"feedback": (True, True), "timesteps": (5, 5)}, "falling"),
-        ({"feedback": (True, True), "timesteps": (5, -1)}, "none below 0"),
-        ({"feedback": (True,), "ahead": 1.0}, "ahead is 1.0"),
-        ({"feedback": (True,), "stands_for": 0}, "stands_for is 0"),
-    ],
-)
-def test_wrong_schedules_are_refused(values: dict[str, Any], match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        FeedbackSchedule(**{"stands_for": 20, **values})
-
-
-def test_schedules_are_made_and_read() -> None:
-    made = FeedbackSchedule(20, (True, False, True), (900, 500, 31), 0.5)
-    assert FeedbackSchedule.from_dict(20, made.to_dict()) == made
-    with pytest.raises(ValueError, match="unknown key 'steps'"):
-        FeedbackSchedule.from_dict(20, {"steps": 3})
-    times = (900.0, 500.0, 31.0)
-    assert [made.stands_at(times, i) for i in range(3)] == [700.0, 265.5, 15.5]
-    assert [made.runs_at(times, i, "next") for i in range(3)] == [500.0, 31.0, 0.0]
-    assert [made.runs_at(times, i, "t") for i in range(3)] == list(times)
-    rows = rows_of_times([265.5, 15.5], 2, torch.tensor([3]))
-    assert rows.tolist() == [266, 266, 16, 16]
-    assert rows_of_times([265.5], 1, torch.tensor([3.0])).tolist() == [265.5]
-
-
-def test_requests_that_take_turns_keep_their_own_outputs() -> None:
-    """Outputs ahead of their step are those of one request, also while another begins."""
-    pipe = pipeline("dit")
-    accelrt.wrap(pipe, feedback=module_for(pipe, schedules=common.schedule(ahead=0.5)))
-    alone = common.run("dit", pipe)
-    tracker = next(f.stepper.tracker for _, f in forwards(pipe) if f.stepper is not None)
-    begin, other, passes = tracker.begin, [], [0]
-
-    def step(pipe: Any, *_: Any, **__: Any) -> None:
-        passes[0] += 1
-        if passes[0] == 3:  # a request of another scheduler begins in the middle of this one
-            other.append(copy.deepcopy(pipe.scheduler))
-            other[0].set_timesteps(timesteps=list(TIMES))
-            tracker._hooked.add(other[0])
-            session, current = tracker._latest, tracker._local.current
-            begin(other[0])
-            tracker._latest, tracker._local.current = session, current
-
-    stepped = pipe.transformer.register_forward_hook(lambda *_: step(pipe))
-    try:
-        assert torch.equal(common.run("dit", pipe), alone)
-    finally:
-        stepped.remove()
-    assert other
-
-
-def test_jumps_shrink_to_the_floor() -> None:
-    times = shrinking(999, 10)
-    jumps = [a - b for a, b in zip(times, [*times[1:], 0], strict=True)]
-    assert times[0] == 999
-    assert jumps == sorted(jumps, reverse=True)
-    assert min(jumps) >= 10
-    assert sum(jumps) == 999
-    assert shrinking(30, 3) == (30, 20, 10)
-    with pytest.raises(ValueError, match="allowed: at most 29"):
-        shrinking(29, 3)
-
 
 # The runtime
 
@@ -339,6 +143,32 @@ def test_the_summary_says_what_stands_for_what() -> None:
     assert "FFCFF" in str(summary)
     (row,) = (row for row in summary.rows if row.stage == "feedback")
     assert row.status == next(r.status for r in summary.rows if r.stage == "blocks.1") == "fused"
+
+
+def test_requests_that_take_turns_keep_their_own_outputs() -> None:
+    """Outputs ahead of their step are those of one request, also while another begins."""
+    pipe = pipeline("dit")
+    accelrt.wrap(pipe, feedback=module_for(pipe, schedules=common.schedule(ahead=0.5)))
+    alone = common.run("dit", pipe)
+    tracker = next(f.stepper.tracker for _, f in forwards(pipe) if f.stepper is not None)
+    begin, other, passes = tracker.begin, [], [0]
+
+    def step(pipe: Any, *_: Any, **__: Any) -> None:
+        passes[0] += 1
+        if passes[0] == 3:  # a request of another scheduler begins in the middle of this one
+            other.append(copy.deepcopy(pipe.scheduler))
+            other[0].set_timesteps(timesteps=list(TIMES))
+            tracker._hooked.add(other[0])
+            session, current = tracker._latest, tracker._local.current
+            begin(other[0])
+            tracker._latest, tracker._local.current = session, current
+
+    stepped = pipe.transformer.register_forward_hook(lambda *_: step(pipe))
+    try:
+        assert torch.equal(common.run("dit", pipe), alone)
+    finally:
+        stepped.remove()
+    assert other
 
 
 # What is made once

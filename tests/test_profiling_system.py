@@ -16,6 +16,7 @@ from typing import Any
 import model_zoo as zoo
 import pytest
 import torch
+from nvml import driver, one_gpu, without_driver  # noqa: F401
 from test_demo import Tags
 from torch import nn
 from typer.testing import CliRunner
@@ -216,32 +217,6 @@ def test_nvtx_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not nvtx.wanted(False)
 
 
-class NVMLError(Exception):
-    """Of the driver."""
-
-
-def driver(**more: Any) -> types.ModuleType:
-    """A module like nvidia-ml-py's, with one device."""
-    module = types.ModuleType("pynvml")
-    energy = iter(range(1000, 100000, 3000))  # millijoules
-
-    def unsupported(*_: Any) -> None:
-        raise NVMLError("Not Supported")
-
-    known = {
-        "NVMLError": NVMLError, "NVML_CLOCK_SM": 1, "nvmlInit": lambda: None,
-        "nvmlShutdown": lambda: None,
-        "nvmlDeviceGetName": lambda handle: b"H200",
-        "nvmlDeviceGetMemoryInfo": lambda handle: types.SimpleNamespace(used=5 << 20),
-        "nvmlDeviceGetPowerUsage": lambda handle: 350_000,
-        "nvmlDeviceGetClockInfo": unsupported,
-        "nvmlDeviceGetTotalEnergyConsumption": lambda handle: next(energy),
-    }  # fmt: skip
-    for name, item in {**known, **more}.items():
-        setattr(module, name, item)
-    return module
-
-
 def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", driver())
     monkeypatch.setattr(sampler, "_handle", lambda pynvml, device: object())
@@ -256,15 +231,6 @@ def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prof.joules_per_image == 0.75
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver with one device, which takes 3 J in whatever is watched."""
-    monkeypatch.setitem(sys.modules, "pynvml", driver())
-    monkeypatch.setattr(sampler, "_handle", lambda pynvml, device: object())
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(gpu_use, "synchronise", lambda device: None)
-
-
 @pytest.mark.usefixtures("gpu")
 def test_a_bench_asks_the_driver() -> None:
     calls: list[str] = []
@@ -276,7 +242,7 @@ def test_a_bench_asks_the_driver() -> None:
         assert form.forwards == calls.count(form.run) > 0
         assert form.seconds >= 0.01
         assert form.use == sampler.Use(3.0 / form.forwards, 350.0, None, 5 << 20)
-    sentence = bench_tables._gpu(found)
+    sentence = bench_tables.driver_text(found)
     assert sentence.startswith("H200, by its driver: stock ")
     assert "J per forward, 350 W, 5.0 MiB in use; accelrt " in sentence
     assert "MHz" not in sentence
@@ -313,10 +279,7 @@ def test_a_comparison_knows_the_energy_of_an_image(monkeypatch: pytest.MonkeyPat
 
 
 def test_without_a_driver_a_profile_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails() -> None:
-        raise NVMLError("NVML Shared Library Not Found")
-
-    monkeypatch.setitem(sys.modules, "pynvml", driver(nvmlInit=fails))
+    without_driver(monkeypatch)
     assert "no NVIDIA driver (NVML Shared Library" in sampler.Sampler(0).stop().gpu.note
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert "pip install nvidia-ml-py" in sampler.Sampler(0).stop().gpu.note

@@ -173,7 +173,9 @@ def test_passes_and_budget(name: str) -> None:
     pipe = family.pipe()
     rehash = Rehash(KEYS, Taylor(1))
     plain = wrapped_run(family, pipe, rehash)
-    budget = [{"memory_budget": "min"}] if name in ("dit", "unet2d") else []
+    budget: list[dict[str, Any]] = [{"memory_budget": "min"}] if name in ("dit", "unet2d") else []
+    if name == "unet2d":  # which the smallest plan does anyway: a third of the ways to search
+        budget[0]["recompute"] = "always"
     for settings in ({"samples_per_pass": 1}, *budget):
         accelrt.wrap(pipe, rehash=rehash, **settings)
         found = family.run(pipe, num_inference_steps=STEPS)

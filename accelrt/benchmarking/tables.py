@@ -76,21 +76,43 @@ def sentences(result: Measurement) -> list[str]:
         f"Error against {result.truth}: {ours:.3e} {relation} {result.bound:.3e} "
         f"(1.1 * stock + 1e-6). Groups: {counts}.",
     ]
-    lines.append(_gpu(result.gpu))
+    lines.append(driver_text(result.gpu))
     if result.stock_reason:
         lines.append(f"The wrapped model ran the stock forward: {result.stock_reason}.")
     return lines
 
 
-def _gpu(use: GpuUse) -> str:
-    """What the driver said of each form."""
+def driver_text(use: GpuUse) -> str:
+    """What the driver said of each form of a model, as a sentence."""
     if use.note:
         return f"By the driver: {use.note}."
-    return f"{use.device}, by its driver: " + "; ".join(map(_form_use, use.forms)) + "."
+    told = (f"{form.run} {use_text(form.use, 'forward')}" for form in use.forms)
+    return f"{use.device}, by its driver: " + "; ".join(told) + "."
 
 
-def _form_use(form: FormUse) -> str:
-    return f"{form.run} {use_text(form.use, 'forward')}"
+def driver_markdown(use: GpuUse, each: str = "forward") -> str:
+    """What the driver said of many forms, as a table of Markdown; or why it said nothing.
+
+    Args:
+        use: of all forms of a report.
+        each: what the energy is of.
+    """
+    if use.note:
+        return f"By the driver of the GPU: {use.note}.\n"
+    head = ("run", f"J per {each}", "W", "MHz", "in use")
+    lines = [f"{use.device}, by its driver:", "", "| " + " | ".join(head) + " |"]
+    lines.append("|---|" + "---:|" * (len(head) - 1))
+    lines += ["| " + " | ".join((form.run, *_driver_cells(form))) + " |" for form in use.forms]
+    return "\n".join(lines) + "\n"
+
+
+def _driver_cells(form: FormUse) -> tuple[str, ...]:
+    use = form.use
+    told = ((use.joules, ".3g"), (use.watts, ".0f"), (use.megahertz, ".0f"))
+    return (
+        *("-" if value is None else f"{value:{how}}" for value, how in told),
+        "-" if use.used_bytes is None else bytes_text(use.used_bytes),
+    )
 
 
 def _timing(result: Measurement) -> str:

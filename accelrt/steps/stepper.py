@@ -11,12 +11,11 @@ from torch import Tensor
 
 from accelrt import ops
 from accelrt.groups import State
-from accelrt.groups.skips import Skip, whole
+from accelrt.groups.skips import Skip
 
 from .boundary import DEFAULT, PUBLISHED, Boundary, Place, Region, begin_of, flat, resolve
 from .features import (
     Memories,
-    Slots,
     Store,
     Unit,
     rows_of,
@@ -26,6 +25,7 @@ from .features import (
     weight_rows,
 )
 from .graphs import Pass
+from .keeping import Keeper
 from .passage import Passage, leave_schedule, rows_in, spread
 from .policies import Adaptive, Verified
 from .rehash import Rehash
@@ -56,6 +56,7 @@ class Stepper:
         self._weights: dict[Any, Tensor] = {}
         self._regions: dict[int, tuple[Any, tuple[Place, ...], Region]] = {}
         self.memories = Memories(KEPT_MEMORIES)
+        self._keeper = Keeper(rehash, tracker)
 
     def check(self, forward: Forward) -> None:
         """Refuse settings that do not fit a model.
@@ -256,7 +257,7 @@ class Stepper:
         graphs, cut = run.forward.graphs, run.cut
         if graphs is None or cut is None:
             return self._computed(run, store, step, store.units, None)
-        time = self._time(step)
+        time = self._keeper.time(step)
         slots = {unit.slot(time, store.points) for unit in store.units}
         reason = self._unready(run, store)
         if not reason and len(slots) > 1:
@@ -346,7 +347,7 @@ class Stepper:
         end = run.region.end
         if self.rehash.policy.verifies:
             run.stages(state, end, run.region.check)
-            self._keep_check(run, store, step, units, state)
+            self._keeper.keep_check(run, store, step, units, state)
             end = run.region.check
         return run.finish(state, end)
 
@@ -388,95 +389,12 @@ class Stepper:
         before: Tensor | None,
         lowest: int,
     ) -> None:
-        """Copy the features of some units into their slots."""
-        hidden = state.hidden
-        assert hidden is not None
-        if run.forward.family.adds_to_skips(run.inputs):
-            lowest = 0  # what lies on the stack is not what the earlier stages put there
-        skips = state.skips[lowest:]
-        if before is not None and rows_of(hidden, run.batch).shape != before.shape:
-            raise ValueError(
-                "feature 'residual': the left-out stages change the shape of the hidden states; "
-                "allowed here: 'hidden'"
-            )
-        if not store.slots:
-            store.shared = lowest
-            self._make(store, step, [hidden, *map(whole, skips)])
-        store.marks = {k: v for k, v in state.extras.items() if isinstance(v, bool)}
+        """Keep the features of some units; a calibration sees them too."""
+        self._keeper.keep(run, store, step, units, state, before, lowest)
         if self.recorder is not None:
-            value = rows_of(hidden, run.batch)
+            assert state.hidden is not None
+            value = rows_of(state.hidden, run.batch)
             self.recorder(step, run.numbers, value if before is None else value - before)
-        time = self._time(step)
-        by_slot: dict[int, list[Unit]] = {}
-        for unit in units:
-            by_slot.setdefault(unit.slot(time, store.points), []).append(unit)
-        for slot, some in by_slot.items():
-            for unit in some:
-                unit.keep(time, slot)
-            for index, slots in enumerate(store.slots):
-                x = hidden if index == 0 else whole(skips[index - 1])
-                self._put(run, slots, slot, some, x, before if index == 0 else None)
-
-    def _put(
-        self,
-        run: Passage,
-        slots: Slots,
-        slot: int,
-        units: list[Unit],
-        x: Tensor,
-        before: Tensor | None,
-    ) -> None:
-        """Copy a feature of some units into a slot; of a residual stream its growth."""
-        part, rows = rows_of(x, run.batch), run.positions(units)
-        if rows is None and run.rows is None:
-            slots.put(slot, part, before)
-            return
-        part = part if before is None else part - before
-        chosen = part if rows is None else part.index_select(0, rows)
-        slots.put_rows(slot, chosen, rows_in(units))
-
-    def _keep_check(
-        self, run: Passage, store: Store, step: Step, units: list[Unit], state: State
-    ) -> None:
-        """Copy the output of the stage that verifies, into the slots of the features."""
-        hidden = state.hidden
-        assert hidden is not None
-        if store.checks is None:
-            store.checks = Slots(hidden, store.batch, store.points)
-            step.session.cache_bytes = max(step.session.cache_bytes, _kept(step))
-        by_slot: dict[int, list[Unit]] = {}
-        for unit in units:
-            by_slot.setdefault(unit.times[-1][1], []).append(unit)
-        for slot, some in by_slot.items():
-            self._put(run, store.checks, slot, some, hidden, None)
-
-    def _make(self, store: Store, step: Step, features: list[Tensor]) -> None:
-        """Slots for the features, as many as the cap allows.
-
-        Raises:
-            ValueError: not even one set of features fits under ``max_cache``.
-        """
-        policy = self.rehash.policy
-        one = sum(x.numel() * x.element_size() for x in features)
-        if policy.verifies:
-            one += features[0].numel() * features[0].element_size()
-        beside = 0 if store.head is None else store.head.numel() * store.head.element_size()
-        cap = self.rehash.cap
-        if cap is not None and beside + one * store.points > cap:
-            room = max(0, cap - beside) // one
-            if room < 1:
-                raise ValueError(
-                    f"max_cache is {cap} bytes; one step's features take {beside + one}: allow "
-                    f"more, or choose a boundary with smaller ones"
-                )
-            wanted = store.predictor
-            store.predictor = wanted.fewer(room)
-            self.tracker.tell(
-                f"max_cache of {cap} bytes has room for the features of {room} steps: "
-                f"{store.predictor} takes the place of {wanted}"
-            )
-        store.slots = [Slots(x, store.batch, store.points) for x in features]
-        step.session.cache_bytes = max(step.session.cache_bytes, _kept(step))
 
     # Predicted steps
 
@@ -541,7 +459,7 @@ class Stepper:
     def _weights_of(
         self, store: Store, step: Step, units: list[Unit]
     ) -> tuple[tuple[float, ...], ...]:
-        now = self._time(step)
+        now = self._keeper.time(step)
         chosen = {id(unit) for unit in units}
         known: dict[tuple[float, ...], Sequence[float]] = {}
         per_unit: list[Sequence[float] | None] = []
@@ -563,9 +481,6 @@ class Stepper:
                 self._weights.clear()
             found = self._weights[key] = weights_on(device, rows)
         return found
-
-    def _time(self, step: Step) -> float:
-        return step.time if self.rehash.time == "timestep" else float(step.index)
 
     # What a call looks like
 
@@ -621,7 +536,3 @@ def attach(forward: Forward, tracker: Tracker) -> None:
     module = weakref.ref(forward.module)
     tracker.model = module
     forward.stepper = stepper
-
-
-def _kept(step: Step) -> int:
-    return sum(store.bytes for store in step.session.stores.values())

@@ -21,6 +21,8 @@ from cases import CASES, Case, build, count_flops
 
 from accelrt import _C
 from accelrt.benchmarking.flops import PRODUCT_SIZE, matrix_product, utilisation
+from accelrt.benchmarking.gpu_use import DriverWatch
+from accelrt.benchmarking.tables import driver_markdown
 from accelrt.benchmarking.timing import calls_per_round, interleave, ratio
 from accelrt.benchmarking.tuned import ENVIRONMENT
 
@@ -31,8 +33,10 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def measure(case: Case, device: str, rounds: int, seconds: float) -> dict[str, Any]:
-    """Times of a block and its utilisation."""
+def measure(
+    case: Case, device: str, rounds: int, seconds: float, driver: DriverWatch
+) -> dict[str, Any]:
+    """Times of a block and its utilisation; the driver is asked after them."""
     import torch._inductor.config as inductor
 
     built = build(case, torch.bfloat16, device)
@@ -49,6 +53,8 @@ def measure(case: Case, device: str, rounds: int, seconds: float) -> dict[str, A
         calls[name] = calls_per_round(thunks[name], device, seconds)
     calls |= dict.fromkeys([name for name in thunks if name not in calls], 1)
     timings = interleave(thunks, device=device, rounds=rounds, calls=calls)
+    for name, form in forms.items():
+        driver.repeat(f"{case.name}: {name}", lambda form=form: form(built.stream))
     flops = count_flops(case)
     product_seconds = min(
         timings[f"product before {name}"].median for name in forms
@@ -98,10 +104,12 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     rows = []
+    driver = DriverWatch(options.device)
     with torch.no_grad():
         for case in CASES:
             if options.only in case.name:
-                rows.append(measure(case, options.device, options.rounds, options.seconds))
+                row = measure(case, options.device, options.rounds, options.seconds, driver)
+                rows.append(row)
                 print(json.dumps(rows[-1]), flush=True)
     if options.lines:
         return
@@ -110,7 +118,8 @@ def main() -> None:
         environment = {**os.environ, **ENVIRONMENT}
         done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
         rows += [json.loads(line) for line in done.stdout.splitlines()]
-    print(markdown(rows))
+    page = markdown(rows) + "\n\n" + driver_markdown(driver.found)
+    print(page, end="")
     if options.save:
         machine = {
             "device": options.device,
@@ -118,10 +127,10 @@ def main() -> None:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
         }
-        document = {"machine": machine, "rows": rows}
+        document = {"machine": machine, "gpu": driver.found.to_dict(), "rows": rows}
         path = RESULTS / f"blocks-{options.device}.json"
         path.write_text(json.dumps(document, indent=1) + "\n")
-        path.with_suffix(".md").write_text(markdown(rows) + "\n")
+        path.with_suffix(".md").write_text(page)
 
 
 if __name__ == "__main__":

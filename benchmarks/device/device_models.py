@@ -25,10 +25,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from device_operators import _noted as noted
-from device_timing import Budget, energy, machine, with_own_products
+from device_timing import Budget, machine, with_own_products
 
 import accelrt
 from accelrt.benchmarking.flops import count_flops
+from accelrt.benchmarking.gpu_use import DriverWatch
 from accelrt.benchmarking.limits import time_limit
 from accelrt.benchmarking.measure import DTYPES, Form, Settings, truth_of, weights_of
 from accelrt.benchmarking.models import TINY, ModelCase, Run, animatediff, dit, pixart_1024, svd
@@ -124,9 +125,10 @@ class Model:
     Args:
         name: of :data:`FULL`.
         options: of the command line.
+        driver: is asked about each form.
     """
 
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, options: argparse.Namespace, driver: DriverWatch) -> None:
         self.options = options
         self.case = SIZES[options.size][name]()
         self.settings = Settings(
@@ -143,6 +145,8 @@ class Model:
             "forms": {}, "parts": [], "left_out": {},
         }  # fmt: skip
         self._truth: torch.Tensor | None = None
+        self._driver = driver
+        self._asked: set[str] = set()
 
     def part(self, names: Sequence[str], budget: Budget) -> None:
         """Measure some forms in turn; what fails or is too slow is noted."""
@@ -170,9 +174,10 @@ class Model:
         )  # fmt: skip
         self.found["parts"].append(dataclasses.asdict(rates))
         for name, form in forms.items():
-            one = self.found["forms"][name]
-            if "energy" not in one and budget.left > 0:
-                one["energy"] = energy(form, device, ENERGY_SECONDS[options.size])
+            if name not in self._asked and budget.left > 0:
+                self._asked.add(name)
+                label = f"{self.case.title}: {name}"
+                self._driver.repeat(label, form, ENERGY_SECONDS[options.size])
         del model, forms, form
         release_memory()
 
@@ -210,8 +215,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure and write."""
     options = parse(arguments)
     budget = Budget(options.seconds)
+    driver = DriverWatch(options.device)
     document: dict[str, Any] = {
-        "machine": machine(options.device), "models": [], "not_reached": [], "above_the_bound": [],
+        "machine": machine(options.device), "gpu": driver.found.to_dict(), "models": [],
+        "not_reached": [], "above_the_bound": [],
     }  # fmt: skip
     models: dict[str, Model] = {}
     for names in PARTS[: options.parts]:
@@ -221,11 +228,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 document["not_reached"].append(label)
                 continue
             try:
-                model = models.setdefault(name, Model(name, options))
+                model = models.setdefault(name, Model(name, options, driver))
                 model.part(names, budget)
             except (RuntimeError, ValueError) as error:  # out of memory, say
                 document["not_reached"].append(f"{label}: {str(error).splitlines()[0][:160]}")
                 release_memory()
+            document["gpu"] = driver.found.to_dict()
             document["models"] = [one.found for one in models.values()]
             document["above_the_bound"] = [
                 f"{one.found['title']}: {form}" for one in models.values() for form in one.above

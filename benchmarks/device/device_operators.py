@@ -28,6 +28,7 @@ from cases import Case, Inputs
 from device_timing import Budget, Replay, ceilings, machine, replay, time_replays, with_own_products
 
 from accelrt import _C
+from accelrt.benchmarking.gpu_use import OPERATOR_SECONDS, DriverWatch
 from accelrt.benchmarking.limits import OutOfTime, time_limit
 from accelrt.benchmarking.timing import copies_for_cold_cache, ratio
 from accelrt.files import write_text
@@ -137,6 +138,7 @@ def measure(
     top: dict[str, Any],
     names: Sequence[str] = FORMS,
     *,
+    driver: DriverWatch,
     compiler: str = "inductor",
     seconds: float = COMPILE_SECONDS,
     rounds: int = 5,
@@ -150,6 +152,7 @@ def measure(
         device: ``"cpu"`` or ``"cuda"``.
         top: what :func:`~device_timing.ceilings` found.
         names: forms beside ours, of :data:`FORMS`.
+        driver: is asked about ours and eager, or about the compiled one where there is one.
         compiler: backend of ``torch.compile``.
         seconds: that a form may take until it can be timed.
         rounds: in which all forms take turns.
@@ -171,6 +174,10 @@ def measure(
     if OURS not in ready:
         raise RuntimeError(f"{case.op}, {case.size}: {left_out[OURS]}")
     timings = time_replays(ready, device, rounds, slice_seconds)
+    for name in (COMPILED,) if COMPILED in ready else (OURS, EAGER):
+        if name in ready:
+            label, one = f"{case.op}, {case.size}: {name}", ready[name]
+            driver.repeat(label, one.run, OPERATOR_SECONDS, one.calls)
     ours = timings[OURS]
     work = first.flops if case.bound == "compute" else first.moved_bytes
     limit = top["flops_per_second" if case.bound == "compute" else "bytes_per_second"]
@@ -247,8 +254,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                     call()
         return {}
     top = ceilings(options.device, dtype, options.size)
+    driver = DriverWatch(options.device)
     document: dict[str, Any] = {
-        "machine": machine(options.device), "ceilings": top, "rows": [], "not_reached": [],
+        "machine": machine(options.device), "gpu": driver.found.to_dict(), "ceilings": top,
+        "rows": [], "not_reached": [],
     }  # fmt: skip
     forms = options.forms.split(",")
     rows: dict[str, dict[str, Any]] = {}
@@ -264,13 +273,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             print(f"{label} ({budget.left:.0f} s left)", flush=True)
             try:
                 rows[name] = measure(
-                    case, dtype, options.device, top, names,
+                    case, dtype, options.device, top, names, driver=driver,
                     compiler=options.compiler, seconds=max(1.0, min(COMPILE_SECONDS, budget.left)),
                     rounds=5 if options.size == "full" else 2,
                     slice_seconds=0.02 if options.size == "full" else 1e-4,
                 )  # fmt: skip
             except RuntimeError as error:
                 document["not_reached"].append(f"{label}: {str(error).splitlines()[0][:160]}")
+            document["gpu"] = driver.found.to_dict()
             document["rows"] = list(rows.values())
             if options.out is not None:
                 write_text(options.out, json.dumps(document, indent=1) + "\n")

@@ -127,7 +127,7 @@ def models(found: Mapping[str, Any]) -> list[str]:
     document = found.get("models")
     if document is None:
         return []
-    head = ("model", "form", "ms", "over eager", "MFU", "allocated", "live", "error", "J", "W")
+    head = ("model", "form", "ms", "over eager", "MFU", "allocated", "live", "error")
     rows, notes = [], []
     for model in document["models"]:
         title = f"{model['title']}, {model['detail']}, {model['dtype']}"
@@ -142,7 +142,7 @@ def models(found: Mapping[str, Any]) -> list[str]:
         "One forward, guidance batched, random weights. Milliseconds with launches, median; over "
         "eager within the rounds; MFU: FLOPs of the stock model at the rate of the product beside. "
         "Memory in MiB beside weights: given out by the CUDA allocator, and of live tensors. "
-        "Error: relative L2. Joules of a forward and mean watts as the driver tells."
+        "Error: relative L2."
     )
     lines = ["## Whole forwards", "", *table(head, rows), legend, ""]
     return lines + ([*notes, ""] if notes else [])
@@ -152,7 +152,6 @@ def _form(model: Mapping[str, Any], name: str, one: Mapping[str, Any]) -> tuple[
     timed = [run for part in model["parts"] for run in part["times"] if run["run"] == name]
     # The last part has the most forms in turn.
     run = timed[-1] if timed else None
-    power = one.get("energy", {})
     memory = (one["allocated_bytes"], one["live_bytes"])
     return (
         ABSENT if run is None else number(statistics.median(run["seconds"]) * 1e3),
@@ -160,9 +159,23 @@ def _form(model: Mapping[str, Any], name: str, one: Mapping[str, Any]) -> tuple[
         ABSENT if run is None else f"{run['utilisation']:.2f}",
         *(ABSENT if size is None else f"{size / 2**20:.0f}" for size in memory),
         "not finite" if one["error"] is None else f"{one['error']:.2e}",
-        number(power.get("joules")),
-        number(power.get("watts")),
     )
+
+
+def driver(found: Mapping[str, Any]) -> list[str]:
+    """What the driver of the GPU said of operators and models, or once why it said nothing."""
+    told = [found[name]["gpu"] for name in FILES if "gpu" in found.get(name, {})]
+    notes = dict.fromkeys(gpu["note"] for gpu in told if gpu["note"])
+    lines = [f"By the driver of the GPU: {note}." for note in notes]
+    rows = []
+    for form in (form for gpu in told for form in gpu["forms"]):
+        use, used = form["use"], form["use"]["used_bytes"]
+        measured = (number(use[name]) for name in ("joules", "watts", "megahertz"))
+        rows.append((form["run"], *measured, ABSENT if used is None else f"{used / 2**20:.0f}"))
+    if rows:
+        lines += table(("run", "J", "W", "MHz", "MiB in use"), rows)
+        lines += ["Joules of a call or forward, mean watts and clock, most memory in use.", ""]
+    return ["## By the driver", "", *lines, ""] if lines else []
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -170,7 +183,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines = ["# On a device", ""]
     first = found.get("operators")
     lines += ceilings(first) if first is not None else []
-    lines += operators(found) + models(found)
+    lines += operators(found) + models(found) + driver(found)
     rows = [(one["name"], one["status"], str(one["seconds"]), str(one["limit"]))
             for one in found["sections"]]  # fmt: skip
     lines += ["## Sections", "", *table(("section", "status", "seconds", "limit"), rows)]

@@ -1,4 +1,4 @@
-"""Time on a device without the launches, ceilings, energy, and a budget of seconds.
+"""Time on a device without the launches, ceilings, and a budget of seconds.
 
 On a GPU an implementation is captured into a CUDA graph of many calls, and the graph is timed:
 small kernels take less than their launch from Python, which is not what a kernel is judged by.
@@ -18,7 +18,6 @@ import torch
 from accelrt import _C
 from accelrt.benchmarking.flops import copy_bytes, matrix_product, product_size
 from accelrt.benchmarking.timing import Thunk, Timing, interleave, synchronise
-from accelrt.profiling.sampler import Sampler
 
 COPY_BYTES = {"full": 1 << 30, "tiny": 1 << 20}
 GRAPH_SECONDS = 2e-3  # roughly what one replay lasts
@@ -150,41 +149,6 @@ def ceilings(device: str, dtype: torch.dtype, size: str, rounds: int = 5) -> dic
         "flops_per_second": flops / timings["product"].median,
         "copy": f"{COPY_BYTES[size] / 2**20:g} MiB",
         "bytes_per_second": moved / timings["copy"].median,
-    }
-
-
-def energy(run: Thunk, device: str, seconds: float) -> dict[str, Any]:
-    """What the driver says while a call is repeated.
-
-    Args:
-        run: the call.
-        device: ``"cpu"`` or ``"cuda"``; without a GPU only the reason is returned.
-        seconds: at least so long; drivers renew these figures every 0.02 to 0.1 seconds.
-
-    Returns:
-        ``joules`` of a call, mean ``watts`` and ``megahertz``, each ``None`` if not told; ``note``.
-    """
-    sampler = Sampler(torch.cuda.current_device() if device == "cuda" else None)
-    calls = 0
-    if device == "cuda":
-        sampler.start()
-        end = time.monotonic() + seconds
-        while not calls or time.monotonic() < end:
-            run()
-            synchronise(device)
-            calls += 1
-        sampler.stop()
-    samples, gpu = sampler.found.samples, sampler.found.gpu
-
-    def mean(values: list[Any]) -> float | None:
-        known = [value for value in values if value is not None]
-        return sum(known) / len(known) if known else None
-
-    return {
-        "joules": gpu.joules / calls if gpu.joules is not None and calls else None,
-        "watts": mean([sample.watts for sample in samples]),
-        "megahertz": mean([sample.megahertz for sample in samples]),
-        "note": gpu.note,
     }
 
 

@@ -33,6 +33,7 @@ from lines import equal_time, lines_of  # noqa: E402
 from measure import Row, check_rows, collect, machine, short_collections  # noqa: E402
 from table import Table, write  # noqa: E402
 
+from accelrt.benchmarking.gpu_use import DriverWatch  # noqa: E402
 from accelrt.feedback import FeedbackModule  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -103,6 +104,7 @@ def table_of(
     check_rows([*rows, *ablated], (baselines.stock, baselines.exact))
     families = contenders.FAMILIES if families is None else families
     counted = min(counting.COUNTED, size)
+    driver = DriverWatch(pipe.device)
 
     def count(row: Row) -> counting.Work:
         return counting.work_of(pipe, row, model, counted)
@@ -111,7 +113,7 @@ def table_of(
         chosen, tried, left_out = contenders.tuned(model, pipe, steps, size, ilf, families, tell)
         rows += [*chosen, *ablated]
         reference = counting.reference(pipe, task, reference_steps, tell)
-        measured, failed = collect(pipe, task, rows, count, tell)
+        measured, failed = collect(pipe, task, rows, count, tell, driver)
     lines = lines_of(
         rows, measured, reference, baselines, ilf.name, task, tasks.Judge(model), resamples
     )
@@ -128,8 +130,9 @@ def table_of(
         "scheduler": type(pipe.scheduler).__name__,
     }
     return Table(
-        model, settings, machine(), lines, made, equal_time(lines), tried, {**left_out, **failed}
-    )
+        model, settings, machine(), lines, made, equal_time(lines), tried,
+        {**left_out, **failed}, driver.found,
+    )  # fmt: skip
 
 
 def main(

@@ -18,6 +18,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from accelrt.benchmarking.gpu_use import GpuUse
+from accelrt.benchmarking.tables import driver_markdown
+
 HEAD = (
     "row", "outer steps", "blocks", "s/batch", "vs accelrt", "vs diffusers", "Frechet", "to base",
     "accuracy", "PSNR", "latent error", "PSNR over plain",
@@ -43,6 +46,7 @@ class Table:
         equal_time: what else there is in the time of feedback.
         tried: seconds over those of feedback of the rivals' settings that were tried.
         left_out: rivals that there are not, with their reasons.
+        gpu: what its driver said of a picture of each row.
     """
 
     model: str
@@ -53,6 +57,7 @@ class Table:
     equal_time: EqualTime
     tried: dict[str, float]
     left_out: dict[str, str]
+    gpu: GpuUse
 
     @property
     def rows(self) -> list[Line]:
@@ -76,6 +81,7 @@ class Table:
             "equal_time": dataclasses.asdict(self.equal_time),
             "tried": self.tried,
             "left_out": self.left_out,
+            "gpu": self.gpu.to_dict(),
         }
         return {key: _finite(value) for key, value in values.items()}
 
@@ -152,6 +158,7 @@ class Table:
         ablations = self.ablation_cells()
         if ablations:
             parts += ["", "## Modules", "", _markdown(ABLATION_HEAD, ablations)]
+        parts += ["", driver_markdown(self.gpu, "picture")]
         return "\n".join(parts).rstrip() + "\n"
 
     def show(self, console: Console | None = None) -> None:
@@ -173,6 +180,7 @@ class Table:
             console.print(note.replace("\\", ""), markup=False)
         for table in tables[1:]:
             console.print(table)
+        console.print(driver_markdown(self.gpu, "picture"), markup=False)
 
 
 def write(folder: Path, table: Table) -> list[Path]:

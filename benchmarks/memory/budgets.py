@@ -22,7 +22,9 @@ import torch
 import accelrt
 from accelrt.benchmarking import models
 from accelrt.benchmarking.budgets import reserved_bytes
+from accelrt.benchmarking.gpu_use import DriverWatch
 from accelrt.benchmarking.models import ModelCase
+from accelrt.benchmarking.tables import driver_markdown
 from accelrt.benchmarking.weights import random_model, share
 from accelrt.benchmarking.whole_call import DTYPES
 from accelrt.memory.sizes import bytes_text
@@ -100,6 +102,7 @@ def main() -> None:
     if arguments.save and TARGET.exists():  # other models stay
         known = json.loads(TARGET.read_text(encoding="utf-8"))["rows"]
         rows = {f"{row['model']}, {row['detail']}": row for row in known}
+    gpu = DriverWatch("cpu").found
     for name in arguments.models or CASES:
         row = measure(name, DTYPES[arguments.dtype], arguments.rounds)
         rows[f"{row['model']}, {row['detail']}"] = row
@@ -107,8 +110,12 @@ def main() -> None:
         floor = bytes_text(row["reserved_bytes"]["floor"])
         print(f"| {row['model']}, {row['detail']} | {' | '.join(cells)} | {floor} |", flush=True)
         if arguments.save:
-            document = {"environment": inspect_environment().to_dict(), "rows": [*rows.values()]}
+            document = {
+                "environment": inspect_environment().to_dict(), "gpu": gpu.to_dict(),
+                "rows": [*rows.values()],
+            }  # fmt: skip
             TARGET.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print("\n" + driver_markdown(gpu), end="")
 
 
 if __name__ == "__main__":

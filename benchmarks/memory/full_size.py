@@ -20,7 +20,9 @@ import torch
 import accelrt
 import accelrt.planning
 from accelrt.benchmarking import models
+from accelrt.benchmarking.gpu_use import DriverWatch, GpuUse
 from accelrt.benchmarking.models import ModelCase, Run
+from accelrt.benchmarking.tables import driver_markdown
 from accelrt.benchmarking.weights import on_meta, share
 from accelrt.config import Config
 from accelrt.memory import track_peak
@@ -120,13 +122,18 @@ def row_of(name: str) -> dict[str, Any]:
     return row
 
 
-def save(row: dict[str, Any]) -> None:
+def save(row: dict[str, Any], gpu: GpuUse) -> None:
     """Put a row in its place in the file; the other cases stay."""
     known = json.loads(TARGET.read_text(encoding="utf-8")) if TARGET.exists() else []
+    if isinstance(known, dict):  # an older file is the rows alone
+        known = known["rows"]
     rows = {old["case"]: old for old in known if old["case"] in CASES and "min" in old}
     rows[row["case"]] = row
-    ordered = [rows[name] for name in CASES if name in rows]
-    TARGET.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+    document = {
+        "gpu": gpu.to_dict(),
+        "rows": [rows[name] for name in CASES if name in rows],
+    }
+    TARGET.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -134,6 +141,7 @@ def main() -> None:
     wanted = [word for word in sys.argv[1:] if not word.startswith("-")]
     print("| MiB, bf16, weights apart | " + " | ".join(COLUMNS.values()) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
+    gpu = DriverWatch("cpu").found
     for name in CASES:
         if wanted and not any(word in name for word in wanted):
             continue
@@ -141,7 +149,8 @@ def main() -> None:
         cells = ("" if row[c] is None else f"{row[c]:.1f}" for c in COLUMNS)
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
         if "--save" in sys.argv:  # after each: a long run may be interrupted
-            save(row)
+            save(row, gpu)
+    print("\n" + driver_markdown(gpu), end="")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from forms import COMPILING, EAGER, Made
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from accelrt.benchmarking.flops import PRODUCT_SIZE, matrix_product
+from accelrt.benchmarking.flops import matrix_product, product_size
 from accelrt.benchmarking.limits import OutOfTime, time_limit
 from accelrt.benchmarking.measure import DTYPES, Settings, truth_of, weights_of
 from accelrt.benchmarking.models import SIZES
@@ -179,7 +179,7 @@ def times(request: Request, progress: Progress) -> dict[str, Any]:
     progress.call("plans")
     made = forms.make(case, model, dtype, request.forms, request.compiler)
     limited = Limited(made, request.limit, progress)
-    expected = request.flops / product_rate(dtype)
+    expected = request.flops / product_rate(dtype, request.size)
     seconds: dict[str, float] = {}
     for name in list(made):
         one = made[name]
@@ -205,9 +205,9 @@ def times(request: Request, progress: Progress) -> dict[str, Any]:
     return {**dataclasses.asdict(rates), "left_out": limited.left_out}
 
 
-def product_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of one large product, roughly."""
-    run, flops = matrix_product(PRODUCT_SIZE["cpu"], dtype, "cpu")
+def product_rate(dtype: torch.dtype, size: str) -> float:
+    """FLOP/s of one product that is as large as those beside the forms, roughly."""
+    run, flops = matrix_product(product_size("cpu", size), dtype, "cpu")
     run()
     began = time.perf_counter()
     run()

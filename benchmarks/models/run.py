@@ -31,10 +31,11 @@ import torch
 from forwards import Request, errors, times
 from plot import plot
 from roofline import roofline
-from summary import above, markdown
+from summary import above, page
 
 from accelrt.benchmarking.child import answer, ask
 from accelrt.benchmarking.flops import count_flops
+from accelrt.benchmarking.gpu_use import DriverWatch
 from accelrt.benchmarking.models import SIZES
 from accelrt.benchmarking.progress import Progress
 from accelrt.benchmarking.tuned import ENVIRONMENT
@@ -58,6 +59,7 @@ def main() -> None:
     threads = options.threads or torch.get_num_threads()
     document = read(options.out)
     document["environment"] = inspect_environment().to_dict()
+    document["gpu"] = DriverWatch("cpu").found.to_dict()
     failed: list[str] = []
     for name in options.model or MODELS:
         case = SIZES[options.size][name]()
@@ -83,7 +85,7 @@ def main() -> None:
                     write(options.out, document)
             if part == "roofline" and "roofline" in known and options.out is not None:
                 plot(options.out / f"{NAME}-{name}.png", known)
-    print(markdown(document["models"]))
+    print(page(document))
     failed += [
         f"{name}: error above the bound: {', '.join(worse)}"
         for name, model in document["models"].items()
@@ -158,7 +160,7 @@ def write(folder: Path, document: dict[str, Any]) -> None:
     part = path.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
-    path.with_suffix(".md").write_text(markdown(document["models"]), encoding="utf-8")
+    path.with_suffix(".md").write_text(page(document), encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:

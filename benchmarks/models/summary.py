@@ -8,7 +8,9 @@ from typing import Any
 
 from forms import EAGER, FLOOR, FROZEN, NAMES, OURS, TWICE
 
+from accelrt.benchmarking.gpu_use import GpuUse
 from accelrt.benchmarking.results import error_bound
+from accelrt.benchmarking.tables import driver_markdown
 from accelrt.memory.sizes import bytes_text
 from accelrt.reporting.tables import error_text, seconds_text, share_text
 
@@ -26,6 +28,14 @@ LEGEND = (
     "apart (of compiled forms: what the allocator gave out); process: growth of the resident "
     "memory during a forward. Error against the stock model in float32."
 )
+
+
+def page(document: Mapping[str, Any]) -> str:
+    """Everything: the models, and what the driver of a GPU said."""
+    text = markdown(document["models"])
+    if "gpu" in document:  # older documents were written without asking
+        text += "\n" + driver_markdown(GpuUse.from_dict(document["gpu"]))
+    return text
 
 
 def markdown(models: Mapping[str, Any]) -> str:

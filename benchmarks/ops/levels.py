@@ -25,6 +25,8 @@ import torch
 from cases import CASES, LEVEL_SIZES, Case
 
 from accelrt import _C
+from accelrt.benchmarking.gpu_use import DriverWatch
+from accelrt.benchmarking.tables import driver_markdown
 from accelrt.benchmarking.timing import copies_for_cold_cache, interleave, ratio
 from accelrt.benchmarking.tuned import ENVIRONMENT
 
@@ -128,13 +130,16 @@ def main() -> None:
                 with torch.no_grad():
                     rows.append(measure(case, dtype, options.rounds, options.seconds))
                 print(json.dumps(rows[-1]), flush=True)
-    print(markdown(rows))
+    gpu = DriverWatch("cpu").found
+    page = markdown(rows) + "\n\n" + driver_markdown(gpu)
+    print(page, end="")
     if options.save:
         machine = {"torch": torch.__version__, "threads": options.threads, "best": _C.best_isa()}
+        document = {"machine": machine, "gpu": gpu.to_dict(), "rows": rows}
         name = f"-held-{options.held}" if options.held else ""
         path = RESULTS / f"ops-levels{name}-cpu.json"
-        path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-        path.with_suffix(".md").write_text(markdown(rows) + "\n")
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        path.with_suffix(".md").write_text(page)
 
 
 if __name__ == "__main__":

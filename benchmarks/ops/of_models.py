@@ -35,6 +35,8 @@ from torch import Tensor, nn
 
 from accelrt import _C, ops
 from accelrt.benchmarking.flops import PRODUCT_SIZE, matrix_product
+from accelrt.benchmarking.gpu_use import DriverWatch
+from accelrt.benchmarking.tables import driver_markdown
 from accelrt.benchmarking.timing import calls_per_round, interleave, ratio
 from accelrt.benchmarking.tuned import ENVIRONMENT
 
@@ -225,7 +227,9 @@ def main() -> None:
         )
         runs.append(rows_of(done.stdout))
     rows = [combine(default, tuned) for default, tuned in zip(*runs, strict=True)]
-    print(markdown(rows))
+    gpu = DriverWatch("cpu").found
+    page = markdown(rows) + "\n\n" + driver_markdown(gpu)
+    print(page, end="")
     if options.save:
         machine = {
             "cpu_isa": _C.active_isa(),
@@ -233,8 +237,9 @@ def main() -> None:
             "threads": torch.get_num_threads(),
         }
         path = RESULTS / "ops-of-models-cpu.json"
-        path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-        path.with_suffix(".md").write_text(markdown(rows) + "\n")
+        document = {"machine": machine, "gpu": gpu.to_dict(), "rows": rows}
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        path.with_suffix(".md").write_text(page)
 
 
 if __name__ == "__main__":

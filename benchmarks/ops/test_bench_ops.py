@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import CASES, Case
 
+from accelrt.benchmarking.gpu_use import OPERATOR_SECONDS, DriverWatch
 from accelrt.benchmarking.timing import copies_for_cold_cache, interleave, ratio
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,7 +24,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @torch.no_grad()
-def test_op(case: Case, dtype_name: str, benchmark, pytestconfig, op_results) -> None:
+def test_op(
+    case: Case, dtype_name: str, benchmark, pytestconfig, op_results, driver: DriverWatch
+) -> None:
     device = pytestconfig.getoption("--bench-device")
     dtype = DTYPES[dtype_name]
     first = case.make(dtype, device)
@@ -48,6 +51,8 @@ def test_op(case: Case, dtype_name: str, benchmark, pytestconfig, op_results) ->
         thunks["compiled"] = [s.compiled(compiled) for s in sets]
     timings = interleave(thunks, device=device)
     benchmark.pedantic(first.ours, rounds=3, warmup_rounds=1)
+    for name, form in (("ours", first.ours), ("eager", first.eager)):
+        driver.repeat(f"{case.op}, {case.size}, {dtype_name}: {name}", form, OPERATOR_SECONDS)
 
     ours = timings["ours"]
     row = {

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 
 import accelrt
+from accelrt.benchmarking.gpu_use import DriverWatch
+from accelrt.benchmarking.tables import driver_markdown
 from accelrt.cli import scenarios
 from accelrt.files import write_text
 from accelrt.quality.observe import silent_steps
@@ -119,7 +121,8 @@ def main() -> None:
         for _ in range(asked.rounds):
             for name, run in ways.items():
                 found.setdefault(name, []).append(run())
-    text = table(found)
+    gpu = DriverWatch("cpu").found
+    text = table(found) + "\n" + driver_markdown(gpu)
     print(text, end="")
     if asked.save:
         about = (
@@ -129,7 +132,7 @@ def main() -> None:
         )
         values = {
             "model": asked.model, "steps": asked.steps, "rounds": asked.rounds,
-            "environment": inspect_environment().to_dict(),
+            "environment": inspect_environment().to_dict(), "gpu": gpu.to_dict(),
             "calls": {name: [asdict(call) for call in calls] for name, calls in found.items()},
         }  # fmt: skip
         write_text(RESULTS / "profiling-cpu.json", json.dumps(values, indent=1) + "\n")

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from accelrt import _C
+from accelrt.benchmarking.gpu_use import DriverWatch
 from accelrt.memory import track_peak
 from accelrt.quality import relative_error, ssim
 from accelrt.quality.observe import patched
@@ -247,6 +248,7 @@ def measure(
     baselines: Baselines,
     judge: Judge,
     tell: Callable[[str], None] = lambda text: None,
+    driver: DriverWatch | None = None,
 ) -> tuple[list[Result], dict[str, str]]:
     """Run all rows on all batches, and measure them.
 
@@ -259,6 +261,7 @@ def measure(
         baselines: names of the rows to compare with.
         judge: of the pictures.
         tell: is told how far it is.
+        driver: is asked while the rows run, by the rows' names.
 
     Returns:
         Results in the order of ``rows``; and rivals that raised, with their errors.
@@ -269,7 +272,7 @@ def measure(
     check_rows(rows, (baselines.stock, baselines.exact))
     with short_collections():
         samples, failed = collect(
-            pipe, task, rows, lambda row: count(pipe, task.batches[0], row.steps), tell
+            pipe, task, rows, lambda row: count(pipe, task.batches[0], row.steps), tell, driver
         )
     running = [row for row in rows if row.name not in failed]
     return [_result(row, samples, baselines, task, judge) for row in running], failed
@@ -296,6 +299,7 @@ def collect(
     rows: Sequence[Row],
     counter: Callable[[Row], Counted],
     tell: Callable[[str], None] = lambda text: None,
+    driver: DriverWatch | None = None,
 ) -> tuple[dict[str, Samples[Counted]], dict[str, str]]:
     """Run all rows on all batches.
 
@@ -308,6 +312,7 @@ def collect(
         rows: with names of their own.
         counter: makes an untimed call of the pipeline, switched to the row, before the others.
         tell: is told how far it is.
+        driver: is asked while the rows run, by the rows' names.
 
     Returns:
         By name of the row what its calls gave; and rivals that raised, with their errors.
@@ -327,7 +332,7 @@ def collect(
     for i, batch in enumerate(task.batches):
         first = i * len(running) // len(task.batches)
         for row in (*running[first:], *running[:first]):
-            seconds, latents, pictures = timed(pipe, row, batch)
+            seconds, latents, pictures = timed(pipe, row, batch, driver)
             found = samples[row.name]
             found.seconds.append(seconds)
             found.latents.append(latents)
@@ -347,12 +352,18 @@ def short_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-def timed(pipe: Any, row: Row, batch: Batch) -> tuple[float, Tensor, Tensor]:
-    """One call of a row: seconds of its denoising loop, final latents, and pictures."""
+def timed(
+    pipe: Any, row: Row, batch: Batch, driver: DriverWatch | None = None
+) -> tuple[float, Tensor, Tensor]:
+    """One call of a row: seconds of its denoising loop, final latents, and pictures.
+
+    What the ``driver`` is asked about is the whole call, its prompts and the VAE too.
+    """
+    watch = nullcontext() if driver is None else driver.watch(row.name, batch.size)
     with row.switch(pipe):
         warm_up(pipe, batch, row.steps)
         gc.collect()
-        with observed(pipe) as seen:
+        with watch, observed(pipe) as seen:
             output = call(pipe, batch, row.steps)
     return seen.ended - seen.began, torch.cat(seen.latents), pictures_of(output)[0]
 

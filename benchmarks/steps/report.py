@@ -13,6 +13,9 @@ from typing import Any
 import verdict
 from measure import Result
 
+from accelrt.benchmarking.gpu_use import GpuUse
+from accelrt.benchmarking.tables import driver_markdown
+
 HEAD = (
     "row", "s/batch", "speed-up", "computed", "PSNR", "SSIM", "latent error", "accuracy",
     "Frechet", "cache", "nearest plain", "PSNR gain", "Frechet gain", "verdict",
@@ -35,6 +38,7 @@ class Table:
         samples, batch: pictures or videos in all, and per call.
         results: of the rows.
         left_out: rows that there are not, with their reasons.
+        gpu: what its driver said of a picture or video of each row; ``None`` of older tables.
     """
 
     steps: int
@@ -42,6 +46,7 @@ class Table:
     batch: int
     results: Sequence[Result]
     left_out: dict[str, str]
+    gpu: GpuUse | None = None
 
     def verdict(self, row: Result) -> verdict.Verdict | None:
         """On a configuration; None for plain rows."""
@@ -63,6 +68,7 @@ class Table:
             "batch": self.batch,
             "rows": rows,
             "left_out": self.left_out,
+            "gpu": None if self.gpu is None else self.gpu.to_dict(),
         }
 
     @classmethod
@@ -73,7 +79,10 @@ class Table:
         for row in values["rows"]:
             fields = {name: row[name] for name in names}
             results.append(Result(**{k: math.nan if v is None else v for k, v in fields.items()}))
-        return cls(values["steps"], values["samples"], values["batch"], results, values["left_out"])
+        gpu = None if values.get("gpu") is None else GpuUse.from_dict(values["gpu"])
+        return cls(
+            values["steps"], values["samples"], values["batch"], results, values["left_out"], gpu
+        )
 
     def markdown(self) -> str:
         """The table, and what is missing from it."""
@@ -143,6 +152,10 @@ def write(folder: Path, model: str, machine: dict[str, Any], table: Table) -> li
             f"## {one.steps} steps: {one.samples} samples in batches of {one.batch}\n\n{where}\n\n"
             + one.markdown()
         )
+    # Tables of one machine say the same where there is no driver: once is enough.
+    parts += dict.fromkeys(
+        driver_markdown(one.gpu, "picture or video") for one in ordered if one.gpu is not None
+    )
     text.write_text("\n".join(parts), encoding="utf-8")
     picture = path.with_suffix(".png")
     plot(picture, model, ordered)

@@ -22,6 +22,8 @@ import typer
 from measure import machine, measure
 from report import Table, write
 
+from accelrt.benchmarking.gpu_use import DriverWatch
+
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
@@ -79,6 +81,7 @@ def table_of(
     others, reasons = rivals.rows_for(model, pipe, steps)
     rows = {row.name: row for row in (*configurations.rows_of(found, steps), *others)}
     names = matching([*rows, *reasons], patterns or [])
+    driver = DriverWatch(pipe.device)
     tell = (lambda text: None) if quiet else (lambda text: typer.echo(text, err=True))
     results, failed = measure(
         pipe,
@@ -87,9 +90,12 @@ def table_of(
         baselines,
         tasks.Judge(model),
         tell,
+        driver,
     )
     left_out = {name: reasons[name] for name in names if name in reasons}
-    return Table(steps, samples, task.batches[0].size, results, {**left_out, **failed})
+    return Table(
+        steps, samples, task.batches[0].size, results, {**left_out, **failed}, driver.found
+    )
 
 
 def main(
