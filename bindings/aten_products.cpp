@@ -190,8 +190,13 @@ bool own_cuda_linear(const TensorView& x, const TensorView& weight, const Option
 }
 
 bool own_attention_is_faster(DType dtype, int64_t head_dim) {
-  const bool fast = dtype == DType::kBFloat16 ? has_best_bfloat16() : active_isa() >= Isa::kAVX512;
-  return fast && head_dim <= kMaxAttentionDim;
+  if (head_dim > kMaxAttentionDim) return false;
+  switch (dtype) {
+    case DType::kBFloat16: return has_best_bfloat16() || torch_has_no_bfloat16();
+    case DType::kFloat16: return active_isa() >= Isa::kAVX2;
+    case DType::kFloat32: return active_isa() >= Isa::kAVX512;
+  }
+  return false;
 }
 
 bool own_cuda_attention(const TensorView& q, const TensorView& k, const TensorView& v,

@@ -116,14 +116,15 @@ def test_threads_do_not_change_the_result():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-def test_simulator(sim, dtype):
+def test_simulator(sim_dir, dtype):
     """Under AddressSanitizer: no access beyond the tensors and the tile."""
     for geometry in GEOMETRIES[:2] + GEOMETRIES[5:6] + GEOMETRIES[8:]:
         x, weight, bias, given = inputs(geometry, dtype)
         stride, padding = ((v, v) if isinstance(v, int) else v for v in given.values())
         expected = ops.conv2d(x, weight, bias, **given)
         result = run_simulator(
-            sim, "conv2d", "cpu", x=x.permute(0, 2, 3, 1), weight=weight, bias=bias,
+            sim_dir / "accelrt_sim_asan", "conv2d", "cpu",
+            x=x.permute(0, 2, 3, 1), weight=weight, bias=bias,
             stride_height=stride[0], stride_width=stride[1],
             padding_height=padding[0], padding_width=padding[1],
             out=torch.zeros_like(expected.permute(0, 2, 3, 1)),

@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accelrt.groups.convolve import conv_is_ours
 from accelrt.memory.tracker import storage_bytes
+
+#: Of a convolution of ours, per thread: a tile of its input, and a panel with its sums.
+TILE_BYTES = 7 * 2**19
 
 
 def free_bytes(device: torch.device) -> int:
@@ -27,16 +31,22 @@ def workspace_bytes(model: nn.Module, device: torch.device, budget_bytes: int = 
 
     On the CPU oneDNN holds the weights of the running product a second time, in its own
     order. Those of a convolution torch has copied to channels last before, and as much again
-    may lie free in the heap until a run looks at it. One part in a hundred of the budget is
-    left to the heap, which does not return every page that is free.
+    may lie free in the heap until a run looks at it; our convolution has a tile per thread
+    instead. One part in a hundred of the budget is left to the heap, which does not return
+    every page that is free.
     """
     if device.type == "cuda":
         return 0  # in the device's own pools, which torch reserves once
-    largest = max(
-        (p.numel() * p.element_size() * (4 if p.dim() > 2 else 1) for p in model.parameters()),
-        default=0,
-    )
+    largest = max(map(_taken_bytes, model.parameters()), default=0)
     return largest + budget_bytes // 100
+
+
+def _taken_bytes(weight: Tensor) -> int:
+    """What a product with ``weight`` takes on the CPU beside its input and output."""
+    size = weight.numel() * weight.element_size()
+    if weight.dim() <= 2:
+        return size
+    return torch.get_num_threads() * TILE_BYTES if conv_is_ours(weight.dtype) else 4 * size
 
 
 def resident_bytes(
