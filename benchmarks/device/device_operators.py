@@ -78,6 +78,7 @@ TINY = [
     Case("linear", "8 rows 32->48", "compute", cases.linear(8, 32, 48)),
     Case("linear", "8 rows 32->48, GELU", "compute", cases.linear(8, 32, 48, "gelu_tanh")),
     Case("linear", "8 rows 32->48, GEGLU", "compute", cases.linear(8, 32, 48, "geglu")),
+    Case("conv2d", "2x16x8x8", "compute", cases.conv2d(2, 16, 8, 24)),
     Case("feed_forward", "8 rows 32->48->32, GEGLU", "compute", cases.feed_forward(8, 32, 48)),
     Case("temporal_attention", "2x5x6, 2x40", "memory", cases.temporal_attention(2, 5, 6, 2, 40)),
     Case("group_norm+silu", "4x32x6x5", "memory", cases.group_norm_silu((4, 32, 6, 5))),

@@ -264,6 +264,27 @@ def linear(rows: int, width: int, out: int, activation: str | None = None) -> Ca
     return make
 
 
+def conv2d(n: int, channels: int, side: int, out: int) -> Callable[..., Inputs]:
+    """A 3x3 convolution of channels-last images."""
+
+    def make(dtype: torch.dtype, device: str) -> Inputs:
+        module = torch.nn.Conv2d(channels, out, 3, padding=1, dtype=dtype).requires_grad_(False)
+        module = module.to(device)
+        x = torch.randn(n, side, side, channels, device=device).to(dtype).permute(0, 3, 1, 2)
+        result = torch.empty(n, side, side, out, dtype=dtype, device=device).permute(0, 3, 1, 2)
+        weight, bias = module.weight, module.bias
+        return _bind(
+            module,
+            (x,),
+            lambda: ops.conv2d(x, weight, bias, padding=1, out=result),
+            lambda: ops.conv2d(x, weight, bias, padding=1),
+            _nbytes(x, weight, result),
+            2 * x.numel() * 9 * out,
+        )
+
+    return make
+
+
 class FeedForward(torch.nn.Module):
     """Both layers around a GEGLU, as transformers of images have them."""
 
@@ -466,6 +487,9 @@ CASES = [
          linear(8192, 1152, 4608, "gelu_tanh")),
     Case("linear", "AnimateDiff 8192 rows 320->1280, GEGLU", "compute",
          linear(8192, 320, 1280, "geglu")),
+    Case("conv2d", "AnimateDiff 4x320x64x64", "compute", conv2d(4, 320, 64, 320)),
+    Case("conv2d", "AnimateDiff 4x1280x16x16", "compute", conv2d(4, 1280, 16, 1280)),
+    Case("conv2d", "VAE 1x256x128x128 to 128", "compute", conv2d(1, 256, 128, 128)),
     Case("feed_forward", "AnimateDiff 32768 rows 320->1280->320, GEGLU", "compute",
          feed_forward(32768, 320, 1280)),
     Case("temporal_attention", "AnimateDiff 2x16x4096, 8x40", "memory",
@@ -492,5 +516,5 @@ LEVEL_SIZES = {
     "AnimateDiff 32x320x64x64", "PixArt 2x4096x1152", "DiT 2x256x1152", "AnimateDiff 32768x1280",
     "PixArt 8192x4608", "8192x4608", "8192x1280", "PixArt 512 2x1024, 16x72",
     "AnimateDiff 2x16x4096, 8x40", "SVD 28x320x32x56", "2x4x16x64x64", "PixArt 2x4096x1152, L2",
-    "PixArt 2x4096x1152, 3 slots", "DiT 512 rows 1152->4608, GELU",
+    "PixArt 2x4096x1152, 3 slots", "DiT 512 rows 1152->4608, GELU", "AnimateDiff 4x1280x16x16",
 }  # fmt: skip
