@@ -113,7 +113,6 @@ def test_what_is_not_known_runs_as_it_came(calls):
         nn.Conv2d(8, 8, 3, padding="same"),
         nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"),
         nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)),
-        Downsample2D(8, use_conv=True, norm_type="ln_norm"),
         Downsample2D(8, use_conv=False),
     ]
     for module in others:

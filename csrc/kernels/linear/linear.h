@@ -4,8 +4,9 @@
 // With a GEGLU weight and bias have 2 N rows: the values, then the gates.
 // out overlaps no input. Sums are in float32 and rounded once, after the epilogue.
 // Memory beside, on the CPU: a panel of the weights per thread, 32 rows of K (twice the size of
-// bfloat16 where the processor has no products of it); with tile registers below 512 KiB whatever
-// K. On CUDA none; linear_cuda_takes says what its kernel computes, a library has the rest.
+// bfloat16 where the processor has no products of it, and then 4 MiB of the rows of x, or twelve of
+// them); with tile registers below 512 KiB whatever K. On CUDA none; linear_cuda_takes says what
+// its kernel computes, a library has the rest.
 #pragma once
 
 #include "accelrt/cpu_isa.h"

@@ -1,6 +1,7 @@
 // A panel of the weights (see linear_parts.h) is made in the second-level cache. Blocks of kRows
 // rows of x by one panel are then summed in registers: per unit, kVecs vectors of the panel are
-// loaded and one unit of every row is broadcast. x is read as it lies.
+// loaded and one unit of every row is broadcast. x is read as it lies, unless the processor has no
+// products of its dtype: then a chunk of its rows is widened to float32 once for all panels.
 //
 // The panel is made anew in every call, which costs as much as a few rows of x (2 % of 512 rows),
 // so that no copy of the weights is kept.
@@ -29,13 +30,21 @@ constexpr int64_t kCrowded = 2048;
 // Rows of one piece of work, at most: many, to make up for its panel, and few enough for the
 // second- or third-level cache, since every panel reads them again.
 constexpr int64_t kChunk = 60 * kRows;
+// And of one whose rows are widened: they stay in the third-level cache.
+constexpr int64_t kWideFloats = int64_t{1} << 20;
+
+// Whether the rows of x are widened before they are multiplied.
+template <typename T>
+constexpr bool kWiden = !kPairs<T> && !std::is_same_v<T, float>;
 
 // The sums of kCount rows, `stride` bytes apart, with a panel. The addresses are those of every
 // third row and multiples of the stride, which fit into the registers. `next`, the rows that come
 // after these, is fetched along the way: for the hardware every row is a new stream.
+// Not inlined: among the code around it g++ spills one of the sums in every turn.
 template <typename T, int kCount>
-inline void multiply(const char* x, int64_t stride, const float* panel, int64_t units,
-                     const char* next, int64_t next_step, VFloat (&result)[kRows][kVecs]) {
+__attribute__((noinline)) void multiply(const char* x, int64_t stride, const float* panel,
+                                        int64_t units, const char* next, int64_t next_step,
+                                        VFloat (&result)[kRows][kVecs]) {
   constexpr int kBases = (kCount + 2) / 3;
   VFloat sums[kCount * kVecs];
   unrolled<kCount * kVecs>([&](auto i) { sums[i] = VFloat{}; });
@@ -63,12 +72,30 @@ inline void multiply(const char* x, int64_t stride, const float* panel, int64_t 
 constexpr int kFew = kRows / 3;
 constexpr int kMore = 2 * kRows / 3;
 
-// Rows [begin, end) with the panel of the columns from `first`. rows: memory for kRows rows of x,
-// in which they are widened or, at the end of x, made up to kRows.
+// Rows [begin, end) of x in float32 to `wide`, units + kLanes apart, made up to whole blocks.
+template <typename T>
+void widen_rows(const LinearParams& p, int64_t begin, int64_t end, float* wide) {
+  const T* x = static_cast<const T*>(p.x);
+  const int64_t stride = p.depth + kLanes;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* from = x + row * p.x_stride;
+    float* to = wide + (row - begin) * stride;
+    for (int64_t u = 0; u < p.depth; u += kLanes) {
+      const VFloat some = load_units(from + u, p.depth - u);
+      std::memcpy(to + u, &some, sizeof(some));
+    }
+  }
+  const int64_t rows = end - begin;
+  std::memset(wide + rows * stride, 0,
+              sizeof(float) * static_cast<size_t>((round_up(rows, kRows) - rows) * stride));
+}
+
+// Rows [begin, end) with the panel of the columns from `first`. rows: the rows widened; or memory
+// for kRows rows of x, in which they are, at the end of x, made up to kRows.
 template <typename T>
 void multiply_rows(const LinearParams& p, int64_t first, int64_t begin, int64_t end,
                    const float* panel, float* rows) {
-  constexpr bool kWiden = !kPairs<T> && !std::is_same_v<T, float>;
+  using Unit = std::conditional_t<kPairs<T>, T, float>;
   const T* x = static_cast<const T*>(p.x);
   const int64_t units = units_of<T>(p.depth);
   const bool odd = kPairs<T> && p.depth % 2 != 0;
@@ -79,7 +106,10 @@ void multiply_rows(const LinearParams& p, int64_t first, int64_t begin, int64_t 
     const char* source = reinterpret_cast<const char*>(x + row * p.x_stride);
     int64_t stride = row_bytes;
     const int taken = count <= kFew ? kFew : count <= kMore ? kMore : kRows;
-    if (kWiden || count < taken || odd || row_bytes % kCrowded == 0) {
+    if (kWiden<T>) {
+      source = reinterpret_cast<const char*>(rows + (row - begin) * (units + kLanes));
+      stride = (units + kLanes) * 4;
+    } else if (count < taken || odd || row_bytes % kCrowded == 0) {
       for (int r = 0; r < taken; ++r) {
         const T* from = x + (row + std::min(r, count - 1)) * p.x_stride;
         float* to = rows + r * (units + kLanes);
@@ -95,11 +125,11 @@ void multiply_rows(const LinearParams& p, int64_t first, int64_t begin, int64_t 
     VFloat sums[kRows][kVecs];
     const char* ahead = reinterpret_cast<const char*>(next);
     if (taken == kFew) {
-      multiply<T, kFew>(source, stride, panel, units, ahead, next_step, sums);
+      multiply<Unit, kFew>(source, stride, panel, units, ahead, next_step, sums);
     } else if (taken == kMore) {
-      multiply<T, kMore>(source, stride, panel, units, ahead, next_step, sums);
+      multiply<Unit, kMore>(source, stride, panel, units, ahead, next_step, sums);
     } else {
-      multiply<T, kRows>(source, stride, panel, units, ahead, next_step, sums);
+      multiply<Unit, kRows>(source, stride, panel, units, ahead, next_step, sums);
     }
     for (int r = 0; r < count; ++r) finish<T>(p, row + r, first, sums[r]);
   }
@@ -108,7 +138,9 @@ void multiply_rows(const LinearParams& p, int64_t first, int64_t begin, int64_t 
 template <typename T>
 void run(const LinearParams& p) {
   const int64_t units = units_of<T>(p.depth);
-  const int64_t chunks = (p.rows + kChunk - 1) / kChunk;
+  const int64_t wide_rows = kWideFloats / (units + kLanes) / kRows * kRows;
+  const int64_t most = kWiden<T> ? std::clamp<int64_t>(wide_rows, kRows, kChunk) : kChunk;
+  const int64_t chunks = (p.rows + most - 1) / most;
   const int64_t even = (p.rows + chunks - 1) / chunks;
   const int64_t chunk = (even + kRows - 1) / kRows * kRows;
   const int64_t width = panel_columns(p);
@@ -119,16 +151,21 @@ void run(const LinearParams& p) {
   parallel_for(0, panels * chunks, std::max<int64_t>(1, kOperations / each),
                [&](int64_t begin, int64_t end) {
                  const int64_t panel_size = round_up(units, kLanes) * kColumns;
-                 const auto memory = make_lines(panel_size + kRows * (units + kLanes));
+                 const int64_t kept = kWiden<T> ? chunk : kRows;
+                 const auto memory = make_lines(panel_size + kept * (units + kLanes));
                  float* panel = memory[0].values;
+                 float* rows = panel + panel_size;
                  int64_t packed = -1;
+                 int64_t widened = -1;
                  for (int64_t i = begin; i < end; ++i) {
                    const int64_t first = i % panels * width;
                    const int64_t row = i / panels * chunk;
                    if (packed != first) pack<T>(p, first, 0, p.depth, panel);
                    packed = first;
-                   multiply_rows<T>(p, first, row, std::min(row + chunk, p.rows), panel,
-                                    panel + panel_size);
+                   const int64_t last = std::min(row + chunk, p.rows);
+                   if (kWiden<T> && widened != row) widen_rows<T>(p, row, last, rows);
+                   widened = row;
+                   multiply_rows<T>(p, first, row, last, panel, rows);
                  }
                });
 }
