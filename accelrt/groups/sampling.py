@@ -44,7 +44,7 @@ class DownsampleGroup(Group):
         return self.config.frames_per_slice
 
     def unfused(self) -> list[str]:
-        """The convolution is the library's in any case."""
+        """Nothing is done on the way to the convolution."""
         return []
 
     def run(self, state: State) -> None:
@@ -97,8 +97,8 @@ class UpsampleGroup(Group):
         return self.config.frames_per_slice
 
     def unfused(self) -> list[str]:
-        """Interpolation and convolution run as they came."""
-        return ["interpolation and convolution run as they came"]
+        """Interpolation and convolution are two operators."""
+        return ["interpolation and convolution are two operators"]
 
     def unsliced(self) -> str:
         """Why the module must see all images at once; empty if it need not."""
