@@ -97,6 +97,7 @@ class MetaKernels(TorchFunctionMode):
         self.rates = Machine() if rates is None else rates
         self.probe = Probe() if probe is None else probe
         self.seconds = 0.0
+        self.convolving = False  # an output is made, not a buffer
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -116,7 +117,10 @@ class MetaKernels(TorchFunctionMode):
         elif func is F.conv2d and not kwargs and len(args) == 7 and args[0].is_meta:
             x, weight = args[:2]
             if isinstance(args[4], tuple) and x.dim() == 4:
-                return self._done("convolution", (x, weight), _convolved(x, weight, *args[3:6]))
+                self.convolving = True
+                out = _convolved(x, weight, *args[3:6])
+                self.convolving = False
+                return self._done("convolution", (x, weight), out)
         return func(*args, **kwargs)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -231,9 +235,10 @@ class _Recorder(PeakTracker):  # type: ignore[no-untyped-call]
         else:
             seconds = seconds_of(name, values, result, self.rates)
         self.seconds += self.probe.repeats * seconds
+        if name != "empty" or self.kernels.convolving:
+            self._slice_peak = max(self._slice_peak, self._own())
         if name != "empty":  # the arena learns of its buffer after the operator that makes it
             own = self._own()
-            self._slice_peak = max(self._slice_peak, own)
             self.own_peak = max(self.own_peak, own + self.beside)
             if self._current is not None:
                 self._note(self._current)
