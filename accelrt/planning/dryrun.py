@@ -201,8 +201,9 @@ class _Recorder(PeakTracker):  # type: ignore[no-untyped-call]
 
     def slice_begins(self, index: int) -> None:
         """Beside this slice the one before still has its scratch."""
-        self.beside = 0 if index == 0 else self._slice_peak - self._slice_base
-        self._slice_base = self._slice_peak = self._own()
+        own = self._own()  # with what that one has not let go of, which counts once
+        self.beside = 0 if index == 0 else self._slice_peak - max(self._slice_base, own)
+        self._slice_base = self._slice_peak = own
 
     def outlives(self, nbytes: int) -> None:
         """It counts as alive, not as scratch."""
