@@ -108,6 +108,10 @@ class Config(Settings):
             ``True`` refuses a call on another device, ``"auto"`` runs it as without. ``False``,
             since nothing of it has been measured on a GPU yet. See ``docs/cuda.md``.
         max_cuda_graphs: graphs that are kept, at most; the least recently used goes first.
+        pipeline_slices: on CUDA, a slice begins on a second stream while the one before still
+            runs, where slices need nothing of each other; a plan counts the memory of both. No
+            effect on other devices. ``False``, since nothing of it has been measured on a GPU
+            yet. See ``docs/cuda.md``.
         inplace: groups may write over inputs that nothing else needs.
         fuse: use the fused operators; ``False`` runs the same slices with the model's
             own modules, for comparison.
@@ -128,6 +132,7 @@ class Config(Settings):
     memory_budget: int | str | None = None
     cuda_graphs: bool | str = False
     max_cuda_graphs: int = 16
+    pipeline_slices: bool = False
     inplace: bool = True
     fuse: bool = True
 
@@ -152,7 +157,7 @@ class Config(Settings):
         most = self.max_cuda_graphs
         if not isinstance(most, int) or isinstance(most, bool) or most < 1:
             raise ValueError(f"max_cuda_graphs is {most!r}; allowed: an integer >= 1")
-        for name in ("bands", "inplace", "fuse"):
+        for name in ("bands", "pipeline_slices", "inplace", "fuse"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: True, False")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from accelrt.groups import pipelining
 from accelrt.memory.sizes import bytes_text
 from accelrt.models.stages import Stage
 from accelrt.steps.graphs import GraphsReport
@@ -52,6 +55,8 @@ class Summary:
         steps: what the step policy or the feedback did in the last request; ``None`` without
             either.
         graphs: what became of the passes of each component, where CUDA graphs are wanted.
+        unpipelined: components whose slices run one by one although ``pipeline_slices`` is
+            set, with the device that they are on.
     """
 
     rows: tuple[Row, ...]
@@ -61,6 +66,7 @@ class Summary:
     exceeded: int
     steps: StepsReport | FeedbackReport | None = None
     graphs: tuple[GraphsReport, ...] = ()
+    unpipelined: dict[str, str] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         """Number of groups per status."""
@@ -80,6 +86,7 @@ class Summary:
             "exceeded": self.exceeded,
             "steps": None if self.steps is None else self.steps.to_dict(),
             "graphs": [asdict(report) for report in self.graphs],
+            "unpipelined": dict(self.unpipelined),
         }
 
     def __str__(self) -> str:
@@ -105,6 +112,10 @@ class Summary:
         if self.steps is not None:
             lines.append(str(self.steps))
         lines += map(str, self.graphs)
+        lines += [
+            f"pipeline_slices has no effect on {name or 'the model'}: it is on {device}"
+            for name, device in self.unpipelined.items()
+        ]
         if self.unsupported:
             names = (f"{name} ({cls})" for name, cls in self.unsupported.items())
             lines.append(f"not wrapped: {', '.join(names)}")
@@ -125,6 +136,7 @@ def describe(found: list[tuple[str, Forward]], unsupported: dict[str, str]) -> S
     stock: dict[str, str] = {}
     planned: dict[str, int] = {}
     exceeded: dict[int, int] = {}
+    unpipelined: dict[str, str] = {}
     steps: StepsReport | FeedbackReport | None = None
     for component, forward in found:
         if forward.stepper is not None:
@@ -147,10 +159,13 @@ def describe(found: list[tuple[str, Forward]], unsupported: dict[str, str]) -> S
                         status.length, status.total, status.reason,
                     )
                 )  # fmt: skip
+        device = next((p.device for p in forward.module.parameters()), torch.device("cpu"))
+        if forward.config.pipeline_slices and device.type != pipelining.streams().device_type:
+            unpipelined[component] = str(device)
         if forward.stock_reason:
             stock[component] = forward.stock_reason
     graphs = tuple(
         forward.graphs.report(component) for component, forward in found if forward.graphs
     )
     spilled = sum(exceeded.values())
-    return Summary(tuple(rows), stock, unsupported, planned, spilled, steps, graphs)
+    return Summary(tuple(rows), stock, unsupported, planned, spilled, steps, graphs, unpipelined)

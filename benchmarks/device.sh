@@ -9,7 +9,7 @@
 # OUT/device.md and OUT/device.json hold the ceilings (copy, large product), every operator and
 # its share of them against eager, each backend of SDPA and torch.compile (max-autotune), with
 # torch's products and with our own kernels for them (ACCELRT_CUDA_PRODUCTS), and whole forwards
-# with memory and energy. They are written anew after every section; logs lie beside them. A section that runs
+# with memory and energy, also with two slices at a time (pipeline_slices) against one. They are written anew after every section; logs lie beside them. A section that runs
 # out of its seconds is ended, one for which none are left is left out, and both are said.
 #
 # Variables:
@@ -82,6 +82,7 @@ tests() {
   "$python" -c 'import xdist' 2> /dev/null && workers=(-n 4 --dist worksteal)
   "$python" -m pytest tests/test_ops_*.py tests/test_arena.py tests/test_products.py \
     "${workers[@]}" -k "cuda and not simulat" -rs &&
+    "$python" -m pytest tests/test_pipelining.py "${workers[@]}" -k of_a_gpu -rs &&
     ACCELRT_CUDA_PRODUCTS=own "$python" -m pytest "${workers[@]}" -k "cuda and not simulat" -rs \
       tests/test_ops_{attention,linear,block}.py
 }

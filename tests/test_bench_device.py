@@ -150,6 +150,10 @@ def test_the_page_has_every_form(
     assert "| DiT-XL/2, 128x128, fp32 | eager |" in page
     assert "|  | accelrt, least memory |" in page
     assert "no cudnn: RuntimeError" in page
+    overlaps = page[page.index("## Two slices at a time") :].splitlines()
+    assert [line.split("|")[2].strip() for line in overlaps[2:6]] == [
+        "form", "---:", "accelrt", "accelrt, 8 MiB"
+    ]  # fmt: skip
     assert "| tests | failed | 3 | 100 |" in page
     lines = page.splitlines()
     widths = [

@@ -12,17 +12,17 @@ keys and values must. Two ways of keeping them, of which the smaller fits the sl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from accelrt.config import Config
 
 from .products import linear_into, project
 from .recognise import has_plain_weights, is_plain_linear
 from .sample_attention import SampleAttention
-from .slicing import slice_length, starts
+from .slicing import independent, slice_length, starts
 from .state import empty_rows
 
 Normed = Callable[[slice], Tensor]
@@ -74,7 +74,7 @@ class BandedAttention:
         if self.heads < self.attn.heads:
             self._mix(normed, samples)
             return
-        for start in starts(self.tokens, self.rows, self.like):
+        for start in independent(self.tokens, self.rows, self.like, self.config, self.attn):
             x = normed(slice(start, start + self.rows))
             self.keys = self._fill(self.keys, self.attn.to_k, x, start)
             self.values = self._fill(self.values, self.attn.to_v, x, start)
@@ -99,7 +99,7 @@ class BandedAttention:
         assert self.values is not None
         for head in range(0, attn.heads, self.heads):
             columns = slice(head * width, (head + self.heads) * width)
-            for start in starts(self.tokens, self.rows, like):
+            for start in independent(self.tokens, self.rows, like, self.config, attn):
                 rows = slice(start, start + self.rows)
                 x = normed(rows)[0]
                 if head == 0:
@@ -116,7 +116,7 @@ class BandedAttention:
         size = mixed.shape[2] * mixed.element_size()
         step = slice_length(self.tokens, None, size, self.config, mixed.device)
         heads = slice(head, head + self.heads)
-        for start in starts(self.tokens, step, mixed):
+        for start in independent(self.tokens, step, mixed, self.config, self.attn):
             rows = slice(start, start + step)
             mixed[:, rows] = self.layer.mix(
                 mixed[:, rows], self.keys, self.values, samples, rows, heads
@@ -134,6 +134,25 @@ class BandedAttention:
             buffer = empty_rows(y, 1, self.tokens, y.shape[2])
         buffer[:, start : start + x.shape[1]] = y
         return buffer
+
+
+def image_slices(
+    images: int, step: int, like: Tensor, stream: tuple[int, int], config: Config, module: nn.Module
+) -> Iterable[int]:
+    """Starts of slices of images for blocks that may run one image in bands.
+
+    They are independent unless that is so: the buffers of the bands serve one image after the
+    other.
+
+    Args:
+        images, step, like, config, module: as for :func:`independent`.
+        stream: tokens of an image, and channels.
+    """
+    tokens, width = stream
+    size = width * like.element_size()
+    if slice_length(tokens, None, size, config, like.device) < tokens:
+        return starts(images, step, like)
+    return independent(images, step, like, config, module)
 
 
 def band_length(stream: Tensor, config: Config) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from accelrt.config import Config
+from accelrt.memory.arena import outlives_slice
 
 from .bands import ConvRows, conv_in_bands, is_row_conv, rows_per_band, takes_rows
 from .base import FUSED, Group, Status
@@ -15,7 +16,7 @@ from .convolve import convolve
 from .norms import GroupNormAct, unfused_norm
 from .recognise import is_plain_conv
 from .skips import RecomputedSkip
-from .slicing import slice_length, starts
+from .slicing import independent, slice_length, starts
 from .state import State, channels_last, empty_images
 
 
@@ -38,7 +39,7 @@ def over_images(module: Any, x: Tensor, config: Config, *, plain: bool) -> tuple
     if n >= images:
         return channels_last(convolve(module, x, fuse=config.fuse)), images
     out: Tensor | None = None
-    for start in starts(images, n, x):
+    for start in independent(images, n, x, config, module):
         y = convolve(module, x[start : start + n], fuse=config.fuse)
         if out is None:
             out = empty_images(y, images, *y.shape[1:])
@@ -183,11 +184,13 @@ class OutGroup(Group):
                 state.hold(state.hidden)
             return
         out: Tensor | None = None
-        for start in starts(images, n, x):
+        parts = (conv, self.norm, self.act)
+        for start in independent(images, n, x, self.config, *parts):
             xs = x[start : start + n]
             h = convolve(conv, xs if norm is None else norm(xs), fuse=self.config.fuse)
             if out is None:
                 out = torch.empty((images, *h.shape[1:]), dtype=h.dtype, device=h.device)
+                outlives_slice(out)
             out[start : start + n] = h
             del h
         state.hidden = out

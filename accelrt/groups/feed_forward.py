@@ -19,7 +19,7 @@ from .recognise import (
     is_plain_linear,
     is_row_wise,
 )
-from .slicing import slice_length, starts
+from .slicing import independent, slice_length
 
 Add = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -105,11 +105,11 @@ class FeedForwardRunner:
         rows = self.rows_of(x)
         if rows >= length:
             step = rows // length
-            for start in starts(batch, step, x):
+            for start in independent(batch, step, x, self.config, self.module):
                 yield slice(start, start + step), slice(None)
             return
-        for sample in starts(batch, 1, x):
-            for start in starts(length, rows, x):
+        for sample in independent(batch, 1, x, self.config, self.module):
+            for start in independent(length, rows, x, self.config, self.module):
                 yield slice(sample, sample + 1), slice(start, start + rows)
 
     def __call__(

@@ -20,7 +20,7 @@ from .feed_forward import FeedForwardRunner, activation_remark, feed_forward_rea
 from .independence import mixes
 from .recognise import plain_norm
 from .sample_attention import SampleAttention
-from .slicing import slice_length, starts
+from .slicing import independent, slice_length, starts
 from .state import State, with_rows
 
 
@@ -199,7 +199,8 @@ class ModulatedBlockGroup(Group):
         banded.prepare(normed_rows, part)
         keys = [attention.context_keys(part) for attention in attentions[1:]]
         gate: Tensor | None
-        for start in starts(stream.shape[1], banded.rows, stream):
+        tokens = stream.shape[1]
+        for start in independent(tokens, banded.rows, stream, self.config, self.module):
             rows = slice(start, start + banded.rows)
             band, gate, last = stream[:, rows], first_gate, attentions[0]
             y = banded.attend(normed_rows, part, rows)

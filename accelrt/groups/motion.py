@@ -17,7 +17,7 @@ from .independence import together
 from .norms import ClipNorm, unfused_norm
 from .products import project
 from .recognise import is_plain_linear, is_row_wise
-from .slicing import slice_length, starts
+from .slicing import independent, slice_length
 from .state import State, channels_last, empty_images, tokens
 from .transformer_block import (
     BlockRunner,
@@ -106,7 +106,7 @@ class MotionGroup(Group):
         in_place = self.config.inplace and state.writable(x)
         out = x if in_place else empty_images(x, *x.shape)
         source, target = tokens(x), tokens(out)  # [N, H * W, C]
-        for start in starts(pixels, p, x):
+        for start in independent(pixels, p, x, self.config, module):
             part, into = source[:, start : start + p], target[:, start : start + p]
             stream: Tensor = project(module.proj_in, norm(start, start + p), fuse=self.config.fuse)
             if not own_stream:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .base import StockGroup
 from .recognise import is_plain, plain_norm
-from .slicing import slice_length, starts
+from .slicing import independent, slice_length
 from .state import State, empty_rows
 
 
@@ -38,9 +38,9 @@ class PatchEmbedGroup(StockGroup):
         line = width * stream.shape[2] * stream.element_size()
         samples = slice_length(batch, None, height * line, self.config, x.device)
         lines = slice_length(height, None, line, self.config, x.device)
-        for sample in starts(batch, samples, x):
+        for sample in independent(batch, samples, x, self.config, embed):
             some = slice(sample, sample + samples)
-            for start in starts(height, lines, x):
+            for start in independent(height, lines, x, self.config, embed):
                 y = embed.proj(x[some, :, start * patch : (start + lines) * patch])
                 y = y.flatten(2).transpose(1, 2)
                 if embed.layer_norm:

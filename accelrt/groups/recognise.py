@@ -31,6 +31,14 @@ def is_plain(module: object, *classes: type) -> bool:
     )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Somebody watches or replaces the calls of the module, or of a part of it."""
+    return any(
+        part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+        for part in module.modules()
+    )
+
+
 def has_plain_weights(module: nn.Module, dtype: torch.dtype | None) -> bool:
     """All direct parameters are ordinary tensors of ``dtype`` (any, if ``None``)."""
     for parameter in module._parameters.values():

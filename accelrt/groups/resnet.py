@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from .recognise import is_inactive_dropout, is_plain_conv, is_silu
 from .sampling import UpsampleGroup
 from .skips import Skip, whole
 from .slab import FrameSlab, overlap
-from .slicing import slice_length, starts
+from .slicing import independent, slice_length, starts
 from .state import State, channels_last, empty_images, nhwc, per_image
 
 _FREEU = ("s1", "s2", "b1", "b2")
@@ -193,7 +194,11 @@ class ResnetGroup(Group):
         self._measured(plan, n, images, "frames")
         single = n >= images
         out: Tensor | None = None
-        for start in starts(images, n, x):
+        parts = (block, None if before is None else before.module)
+        slices: Iterable[int] = starts(images, n, x)
+        if state.extras.get("slab") is None:  # else an image may go over those before it
+            slices = independent(images, n, x, self.config, *parts)
+        for start in slices:
             stop = min(start + n, images)
             xs = x if single else x[start:stop]
             ys = _images(x2, start, stop)

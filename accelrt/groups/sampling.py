@@ -16,7 +16,7 @@ from .base import Group, by_name
 from .convolution import over_images, recomputed, skips_are_ours
 from .convolve import enlarge
 from .recognise import is_plain
-from .slicing import slice_length, starts
+from .slicing import independent, slice_length, starts
 from .state import State, channels_last, empty_images
 
 
@@ -167,7 +167,7 @@ class UpsampleGroup(Group):
         if n >= images:
             state.hidden = channels_last(enlarge(module, x, size, fuse=self.config.fuse))
             return
-        for start in starts(images, n, x):
+        for start in independent(images, n, x, self.config, module):
             y = enlarge(module, x[start : start + n], size, fuse=self.config.fuse)
             if out is None:
                 out = empty_images(y, images, *y.shape[1:])

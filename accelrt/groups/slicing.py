@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from accelrt.config import Config
 from accelrt.memory.arena import current, keep_to_plan
+
+from . import pipelining
+from .recognise import has_hooks
 
 CPU_SLICE_MIB = 8.0
 GPU_SLICE_MIB = 64.0
@@ -56,12 +59,14 @@ class Probe:
     Attributes:
         repeats: how many slices stand behind what runs now.
         left_out_bytes: live beside all of it, had every pass been run.
+        ledger: counts slices that would run at once.
     """
 
     def __init__(self, device_type: str = "cpu") -> None:
         self.device_type = device_type
         self.repeats = 1
         self.left_out_bytes = 0
+        self.ledger: pipelining.Ledger | None = None
 
 
 _local = threading.local()
@@ -110,6 +115,37 @@ def starts(total: int, step: int, like: Tensor) -> Iterable[int]:
     if len(all_starts) > 1 and not torch.compiler.is_compiling() and current() is not None:
         return _kept(all_starts)
     return all_starts
+
+
+def independent(
+    total: int, step: int, like: Tensor, config: Config, *modules: nn.Module | None
+) -> Iterable[int]:
+    """:func:`starts` of slices that need nothing of each other, and so may run at once.
+
+    No slice reads what another one writes, or writes where another one reads or writes; nothing
+    is made in one for the next but by :func:`accelrt.memory.arena.empty`, and nothing made
+    before the loop is freed in it. With ``config.pipeline_slices`` two of them are on a GPU at
+    a time, unless somebody watches the modules: a hook may carry something along.
+
+    Args:
+        total, step, like: as for :func:`starts`.
+        config: gives ``pipeline_slices``.
+        modules: that run in the slices.
+    """
+    if not config.pipeline_slices or step >= total or torch.compiler.is_compiling():
+        return starts(total, step, like)
+    if pipelining.active():
+        return starts(total, step, like)
+    probe, on = current_probe(like), pipelining.streams()
+    kind = like.device.type if probe is None else probe.device_type
+    if kind != on.device_type:
+        return starts(total, step, like)
+    if any(module is not None and has_hooks(module) for module in modules):
+        return starts(total, step, like)
+    all_starts = starts(total, step, like)
+    if probe is not None:
+        on = pipelining.Dry(probe.ledger)
+    return pipelining.overlapped(all_starts, like.device, on)
 
 
 SliceWatch = Callable[[int], None]

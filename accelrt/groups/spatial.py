@@ -12,7 +12,7 @@ from torch import Tensor
 from accelrt import ops
 
 from .attention import CrossAttention, attend, attention_reason, self_attention
-from .banded_attention import BandedAttention, band_length
+from .banded_attention import BandedAttention, band_length, image_slices
 from .base import Group, Status
 from .image_conditioning import ImageConditioning, unsliceable
 from .independence import together
@@ -20,7 +20,7 @@ from .norms import GroupNormAct, unfused_norm
 from .products import linear, project
 from .recognise import is_plain_conv, is_plain_linear, is_pointwise_conv
 from .sample_attention import SampleAttention
-from .slicing import slice_length, starts
+from .slicing import slice_length
 from .state import State, channels_last, empty_images, tokens
 from .transformer_block import (
     BlockRunner,
@@ -125,7 +125,8 @@ class SpatialTransformerGroup(Group):
         in_place = self.config.inplace and state.writable(x)
         out = x if in_place else empty_images(x, images, module.out_channels, height, width)
         source, target = tokens(x), tokens(out)
-        for start in starts(images, n, x):
+        size = (height * width, inner)
+        for start in image_slices(images, n, x, size, self.config, module):
             stop = min(start + n, images)
             stream = self._project_in(norm(x[start:stop]))
             for run in blocks:

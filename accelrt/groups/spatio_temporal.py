@@ -14,7 +14,7 @@ from accelrt import ops
 from accelrt.config import Config
 
 from .attention import CrossAttention, attention_reason, rows_of_images, self_attention
-from .banded_attention import BandedAttention, band_length
+from .banded_attention import BandedAttention, band_length, image_slices
 from .base import FUSED, Group, Status
 from .independence import together
 from .mixing import image_only, mixer_reason, spatial_weight
@@ -22,7 +22,7 @@ from .norms import GroupNormAct, unfused_norm
 from .products import linear_into, project
 from .recognise import has_plain_weights, is_plain_linear, is_row_wise
 from .sample_attention import SampleAttention
-from .slicing import slice_length, starts
+from .slicing import independent, slice_length
 from .state import State, channels_last, empty_images, empty_rows, tokens
 from .temporal_block import TemporalBlockRunner, temporal_block_parts, temporal_block_reason
 from .transformer_block import BlockRunner, block_parts, block_reason
@@ -157,7 +157,7 @@ class SpatioTemporalTransformerGroup(Group):
                 module.temporal_transformer_blocks[index], x, context, frames
             )
             final = index == last
-            for start in starts(pixels, p, x):
+            for start in independent(pixels, p, x, config, module):
                 part = stream[:, start : start + p]  # [N, P, D]
                 mix = temporal(part, position)
                 blend(part, mix, mix if final else part)
@@ -190,7 +190,8 @@ class SpatioTemporalTransformerGroup(Group):
         norm = GroupNormAct(module.norm, None, x.dtype, self.config.fuse)
         if stream is None:
             stream = empty_rows(x, images, height * width, module.inner_dim)
-        for start in starts(images, n, x):
+        size = (height * width, module.inner_dim)
+        for start in image_slices(images, n, x, size, self.config, module):
             stop = min(start + n, images)
             part = stream[start:stop]
             if first:

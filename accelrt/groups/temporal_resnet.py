@@ -21,7 +21,7 @@ from .recognise import is_inactive_dropout, is_plain, is_silu, plain_norm
 from .resnet import ResnetGroup
 from .sampling import UpsampleGroup
 from .skips import whole
-from .slicing import slice_length, starts
+from .slicing import independent, slice_length, starts
 from .state import State, channels_last, empty_images, empty_rows, per_image, tokens
 
 
@@ -250,7 +250,8 @@ class TemporalResnetGroup(Group):
             planes = hidden.view(images, height, width, -1).permute(0, 3, 1, 2)
             second = ClipNorm(block.norm2, act, planes, frames, add=rows, stats=stats)
             del planes
-        for start in starts(pixels, p, x):
+        parts = (block, self.mixer)
+        for start in independent(pixels, p, x, self.config, *parts):
             part = slice(start, start + p)
             if hidden is None:
                 y = along_frames(block.conv1, first(start, start + p), frames)

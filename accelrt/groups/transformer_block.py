@@ -18,7 +18,7 @@ from .banded_attention import BandedAttention
 from .base import UNTOUCHED, Status
 from .feed_forward import FeedForwardRunner, activation_remark, feed_forward_reason
 from .recognise import is_plain, is_plain_linear, plain_norm
-from .slicing import starts
+from .slicing import independent
 from .state import with_rows
 
 Attend = Callable[[Tensor], Tensor]
@@ -170,6 +170,7 @@ class SubLayers:
     ) -> None:
         layers: Any = block
         self.block = layers
+        self.config = config
         self.feed_forward = FeedForwardRunner(layers.ff, config)
         self.norms = ResidualNorms(block, norms, dtype, config.fuse)
 
@@ -237,7 +238,8 @@ class SubLayers:
             return self.norms.norm("norm1", stream[:, rows])
 
         first.prepare(normed, place)
-        for start in starts(stream.shape[1], first.rows, stream):
+        tokens = stream.shape[1]
+        for start in independent(tokens, first.rows, stream, self.config, self.block):
             rows = slice(start, start + first.rows)
 
             def attend(_: Tensor, rows: slice = rows) -> Tensor:

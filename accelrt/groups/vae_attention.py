@@ -13,7 +13,7 @@ from accelrt import ops
 from .attention import attention_reason, self_attention
 from .base import Group
 from .recognise import plain_norm
-from .slicing import slice_length, starts
+from .slicing import independent, slice_length
 from .state import State, channels_last, tokens
 
 
@@ -64,7 +64,7 @@ class VaeAttentionGroup(Group):
             y = self._images(x, in_place)
         else:
             whole = x if in_place else torch.empty_like(x)
-            for start in starts(images, n, x):
+            for start in independent(images, n, x, self.config, attn):
                 part = self._images(x[start : start + n], in_place)
                 if not in_place or not attn.residual_connection:
                     tokens(whole[start : start + n]).copy_(part)

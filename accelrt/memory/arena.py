@@ -130,7 +130,8 @@ class Arena:
 
     A tensor's range is free again when its storage dies: views, also those of numpy, keep
     it. What does not fit becomes an ordinary tensor and is counted. On CUDA a range is
-    reused without waiting for the device, so an arena serves the work of one stream.
+    reused without waiting for the device, so an arena serves the work of one stream, or of two
+    that wait for each other (:mod:`accelrt.groups.pipelining`).
     :meth:`empty` may be called by several threads; the other methods by one at a time.
 
     On the meta device there is no slab: tensors are ordinary and are recorded.
@@ -256,6 +257,12 @@ class Arena:
             _on_block(self, tensor, tensor.data_ptr() - self._address)
         return tensor if typed else tensor.view(dtype).as_strided(shape, strides)
 
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether a tensor that :meth:`empty` gave lies in the slab; on the meta device, all do."""
+        if self._core is None:
+            return True
+        return 0 <= tensor.data_ptr() - self._address < self.reserved_bytes
+
     def reset_peak(self) -> None:
         """Begin a new peak at what is alive now."""
         if self._core is not None:
@@ -310,7 +317,30 @@ def watch_blocks(watch: BlockWatch | None) -> None:
     _on_block = watch
 
 
-_local = threading.local()
+BirthWatch = Callable[[Tensor, bool], None]
+
+
+class _Local(threading.local):
+    arena: Arena | None = None
+    births: BirthWatch | None = None
+
+
+_local = _Local()
+
+
+def watch_births(watch: BirthWatch | None) -> None:
+    """Tell ``watch`` of every tensor that :func:`empty` makes in this thread; ``None``: nobody.
+
+    Beside the tensor it is told whether that lies in an arena.
+    """
+    _local.births = watch
+
+
+def outlives_slice(tensor: Tensor) -> Tensor:
+    """Say of a tensor, not from :func:`empty`, that it is made in a slice for later ones too."""
+    if _local.births is not None:
+        _local.births(tensor, False)
+    return tensor
 
 
 def keep_to_plan() -> None:
@@ -333,8 +363,7 @@ def activate(arena: Arena | None) -> Iterator[Arena | None]:
 
 def current() -> Arena | None:
     """The active arena of this thread."""
-    arena: Arena | None = getattr(_local, "arena", None)
-    return arena
+    return _local.arena
 
 
 def empty(
@@ -351,8 +380,14 @@ def empty(
     # A traced program must not hold memory of an arena.
     if not torch.compiler.is_compiling():
         arena = current()
-        if arena is not None and _same(arena.device, device):
-            return arena.empty(shape, dtype, channels_last)
+        placed = arena is not None and _same(arena.device, device)
+        if arena is not None and placed:
+            tensor = arena.empty(shape, dtype, channels_last)
+        else:
+            tensor = _ordinary(device, shape, dtype, channels_last)
+        if _local.births is not None:
+            _local.births(tensor, arena is not None and placed and arena.owns(tensor))
+        return tensor
     return _ordinary(device, shape, dtype, channels_last)
 
 

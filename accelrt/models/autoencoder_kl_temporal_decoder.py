@@ -27,7 +27,7 @@ from accelrt.groups.mixing import image_only
 from accelrt.groups.recognise import is_plain
 from accelrt.groups.sampling import UpsampleGroup, last_upsampler
 from accelrt.groups.slab import FrameSlab
-from accelrt.groups.slicing import slice_length, starts
+from accelrt.groups.slicing import independent, slice_length
 from accelrt.groups.state import channels_last
 from accelrt.groups.temporal_resnet import (
     is_temporal_conv,
@@ -87,7 +87,7 @@ class TimeConvOutGroup(Group):
             state.hidden = y.transpose(1, 2).flatten(0, 1)
             return
         self.measured(rows, height)
-        for start in starts(height, rows, x):
+        for start in independent(height, rows, x, self.config, self.module):
             part = clips[:, :, :, start : start + rows]
             part.copy_(self.module(part))
         state.hidden = x

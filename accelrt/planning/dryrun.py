@@ -97,6 +97,7 @@ class MetaKernels(TorchFunctionMode):
         self.rates = Machine() if rates is None else rates
         self.probe = Probe() if probe is None else probe
         self.seconds = 0.0
+        self.convolving = False  # an output is made, not a buffer
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -116,7 +117,10 @@ class MetaKernels(TorchFunctionMode):
         elif func is F.conv2d and not kwargs and len(args) == 7 and args[0].is_meta:
             x, weight = args[:2]
             if isinstance(args[4], tuple) and x.dim() == 4:
-                return self._done("convolution", (x, weight), _convolved(x, weight, *args[3:6]))
+                self.convolving = True
+                out = _convolved(x, weight, *args[3:6])
+                self.convolving = False
+                return self._done("convolution", (x, weight), out)
         return func(*args, **kwargs)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -170,6 +174,8 @@ class _Recorder(PeakTracker):  # type: ignore[no-untyped-call]
         self._points = 0
         self._current: GroupRun | None = None
         self._began = 0.0
+        self.beside = 0  # scratch of a slice that would still run
+        self._slice_base = self._slice_peak = 0
 
     def _own(self) -> int:
         return self.live_bytes - (0 if self.arena is None else self.arena.recording.live_bytes)
@@ -193,9 +199,28 @@ class _Recorder(PeakTracker):  # type: ignore[no-untyped-call]
         self._current = None
         super().leave(stage, group, state)
 
+    def slice_begins(self, index: int) -> None:
+        """Beside this slice the one before still has its scratch."""
+        own = self._own()  # with what that one has not let go of, which counts once
+        self.beside = 0 if index == 0 else self._slice_peak - max(self._slice_base, own)
+        self._slice_base = self._slice_peak = own
+
+    def outlives(self, nbytes: int) -> None:
+        """It counts as alive, not as scratch."""
+        self._slice_base += nbytes
+
+    def slices_end(self) -> None:
+        """Nothing runs beside any more."""
+        self.beside = 0
+
+    def _update_peak(self, operation: str) -> None:
+        live, self.live_bytes = self.live_bytes, self.live_bytes + self.beside
+        super()._update_peak(operation)
+        self.live_bytes = live
+
     def _note(self, run: GroupRun) -> None:
-        run.peak_bytes = max(run.peak_bytes, self.live_bytes)
-        run.own_bytes = max(run.own_bytes, self._own())
+        run.peak_bytes = max(run.peak_bytes, self.live_bytes + self.beside)
+        run.own_bytes = max(run.own_bytes, self._own() + self.beside)
         if self.arena is not None:
             run.arena_bytes = max(run.arena_bytes, self.arena.recording.live_bytes)
 
@@ -211,8 +236,11 @@ class _Recorder(PeakTracker):  # type: ignore[no-untyped-call]
         else:
             seconds = seconds_of(name, values, result, self.rates)
         self.seconds += self.probe.repeats * seconds
+        if name != "empty" or self.kernels.convolving:
+            self._slice_peak = max(self._slice_peak, self._own())
         if name != "empty":  # the arena learns of its buffer after the operator that makes it
-            self.own_peak = max(self.own_peak, self._own())
+            own = self._own()
+            self.own_peak = max(self.own_peak, own + self.beside)
             if self._current is not None:
                 self._note(self._current)
         self._draw("" if self._current is None else self._current.name)
@@ -221,11 +249,12 @@ class _Recorder(PeakTracker):  # type: ignore[no-untyped-call]
     def _draw(self, label: str) -> None:
         """The worst of a group is one point; of a model without groups, of some operators."""
         self._points += 1
+        live = self.live_bytes + self.beside
         same = self.profile and self.profile[-1][0] == label
         if same and (label or self._points % OPERATORS_PER_POINT):
-            self.profile[-1] = (label, max(self.live_bytes, self.profile[-1][1]))
+            self.profile[-1] = (label, max(live, self.profile[-1][1]))
         else:
-            self.profile.append((label, self.live_bytes))
+            self.profile.append((label, live))
 
 
 def dry_run(
@@ -246,7 +275,7 @@ def dry_run(
         arena: a recording one on the meta device, which ``run`` uses.
     """
     with torch.no_grad(), probing(rates.device_type) as probe, MetaKernels(rates, probe) as kernels:
-        recorder = _Recorder(rates, probe, kernels, arena)
+        probe.ledger = recorder = _Recorder(rates, probe, kernels, arena)
         observer = None if forward is None else forward.observer
         if forward is not None:
             forward.observer = recorder

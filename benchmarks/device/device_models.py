@@ -1,8 +1,9 @@
-"""Whole forwards on a device: eager, torch.compile, accelrt, accelrt in the least memory.
+"""Whole forwards on a device: eager, torch.compile, accelrt and what can be set of it.
 
 Run by benchmarks/device.sh. First every model eager and with accelrt, whose products are torch's
-or our own (what ACCELRT_CUDA_PRODUCTS chooses), then within the least memory, then torch.compile,
-which takes minutes: each part in the order of the models, until the seconds are spent. Forms of
+or our own (what ACCELRT_CUDA_PRODUCTS chooses), then within the least memory, then with slices
+that overlap (pipeline_slices) and without, at two sizes of slices, then torch.compile, which takes
+minutes: each part in the order of the models, until the seconds are spent. Forms of
 one part take turns, each after a large product of its own; weights are shared. The file is written
 after each model. Exit status 1 if a form of accelrt breaks the rule on errors.
 """
@@ -45,7 +46,21 @@ from accelrt.quality.metrics import relative_error
 EAGER, OURS, OWN, LEAST, COMPILED = (
     "eager", "accelrt", "accelrt, own products", "accelrt, least memory", "compile",
 )  # fmt: skip
-PARTS = ((EAGER, OURS, OWN), (EAGER, LEAST), (EAGER, OURS, OWN, COMPILED))
+PIPELINED, SMALL, SMALL_PIPELINED = (
+    "accelrt, two slices", "accelrt, 8 MiB", "accelrt, 8 MiB, two slices",
+)  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {
+    LEAST: {"memory_budget": "min"},
+    PIPELINED: {"pipeline_slices": True},
+    SMALL: {"slice_mib": 8.0},
+    SMALL_PIPELINED: {"slice_mib": 8.0, "pipeline_slices": True},
+}
+PARTS = (
+    (EAGER, OURS, OWN),
+    (EAGER, LEAST),
+    (EAGER, OURS, PIPELINED, SMALL, SMALL_PIPELINED),
+    (EAGER, OURS, OWN, COMPILED),
+)
 FULL: dict[str, Callable[[], ModelCase]] = {
     "dit": dit,
     "pixart-1024": pixart_1024,
@@ -67,9 +82,8 @@ def make(
     if name == COMPILED:
         torch._dynamo.reset()
         return Form(torch.compile(share(model), dynamic=False, backend=compiler), inputs, case.run)
-    budget = "min" if name == LEAST else None
     run = with_products_of(case.run) if name == OWN else case.run
-    return Form(accelrt.wrap(share(model), memory_budget=budget), inputs, run)
+    return Form(accelrt.wrap(share(model), **SETTINGS.get(name, {})), inputs, run)
 
 
 def with_products_of(run: Run) -> Run:
@@ -188,7 +202,7 @@ class Model:
         stock = forms[EAGER]["error"] if EAGER in forms else None
         return [
             name
-            for name in (OURS, OWN, LEAST)
+            for name in (OURS, OWN, *SETTINGS)
             if name in forms
             and (
                 forms[name]["error"] is None

@@ -15,6 +15,8 @@ from typing import Any
 
 FILES = ("operators", "models")
 OWN = "own products"
+#: Forms of a model with one slice at a time, and with two.
+OVERLAPS = (("accelrt", "accelrt, two slices"), ("accelrt, 8 MiB", "accelrt, 8 MiB, two slices"))
 SDPA = ("flash", "efficient", "cudnn", "math")
 ABSENT = "-"
 
@@ -145,7 +147,29 @@ def models(found: Mapping[str, Any]) -> list[str]:
         "Error: relative L2."
     )
     lines = ["## Whole forwards", "", *table(head, rows), legend, ""]
-    return lines + ([*notes, ""] if notes else [])
+    return lines + ([*notes, ""] if notes else []) + overlaps(document)
+
+
+def overlaps(document: Mapping[str, Any]) -> list[str]:
+    """A row per model and size of slices: two slices at a time against one."""
+    rows = []
+    for model in document["models"]:
+        for part in model["parts"]:
+            seconds = {run["run"]: run["seconds"] for run in part["times"]}
+            for one, two in OVERLAPS:
+                if one in seconds and two in seconds:
+                    ratios = [a / b for a, b in zip(seconds[one], seconds[two], strict=True)]
+                    times = (statistics.median(seconds[name]) * 1e3 for name in (one, two))
+                    rows.append((
+                        model["title"], one, *map(number, times),
+                        f"{statistics.median(ratios):.3f}", f"{min(ratios):.3f}",
+                        f"{max(ratios):.3f}",
+                    ))  # fmt: skip
+    if not rows:
+        return []
+    head = ("model", "form", "one slice: ms", "two: ms", "one/two", "least", "most")
+    legend = "Above 1 the second stream helps: median, least and most of the rounds."
+    return ["## Two slices at a time (`pipeline_slices`)", "", *table(head, rows), legend, ""]
 
 
 def _form(model: Mapping[str, Any], name: str, one: Mapping[str, Any]) -> tuple[str, ...]:
