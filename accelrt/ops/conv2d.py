@@ -27,7 +27,7 @@ def conv2d(
     """``F.conv2d`` with zeros for the padding and channels last in memory.
 
     On the CPU sums are in float32 and rounded once, after the bias; neither ``x`` nor
-    ``weight`` is copied whole, in any dtype: memory beside is 3.4 MiB a thread at most, unless
+    ``weight`` is copied whole, in any dtype: memory beside is some 3.5 MiB a thread, unless
     one output pixel needs more. On CUDA the library's convolution runs.
 
     A convolution along one axis alone, such as ``(3, 1, 1)`` over the frames of a video, is one

@@ -6,7 +6,8 @@
 // outside the image is zero, and out says how far the padding goes at the far ends.
 // out overlaps no input. Sums are in float32 and rounded once, after the bias.
 // Memory beside, per thread: a tile of x in float32 with its halo, kConv2dTileBytes at most (unless
-// that of a single output pixel is larger), and below 320 KiB whatever the weight.
+// that of a single output pixel is larger), and below 640 KiB whatever the weight: a panel of it,
+// the sums that wait between panels, some pixels past the tile.
 #pragma once
 
 #include "accelrt/cpu_isa.h"
