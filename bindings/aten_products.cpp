@@ -171,7 +171,7 @@ bool own_linear_is_faster(DType dtype, int64_t depth) {
 
 bool own_conv_is_faster(DType dtype) {
   switch (dtype) {
-    case DType::kBFloat16: return torch_has_no_bfloat16();
+    case DType::kBFloat16: return torch_has_no_bfloat16() || active_isa() == Isa::kAMX;
     case DType::kFloat16: return active_isa() >= Isa::kAVX2 && !torch_has_float16();
     case DType::kFloat32: return false;
   }

@@ -10,6 +10,8 @@ from sim import run_simulator
 
 from accelrt import ops, reference
 
+USES_TILES = True
+
 # images, channels, height, width, output channels, kernel, stride, padding
 GEOMETRIES = [
     (1, 1, 1, 1, 1, (1, 1), 1, 0),

@@ -94,7 +94,7 @@ void conv2d(const TensorView& x, const TensorView& weight, const OptionalView& b
             const Conv2dGeometry& geometry, const TensorView& out) {
   const Conv2dParams p = conv2d_params(x, weight, bias, geometry, out);
   if (p.images == 0 || p.out_channels == 0) return;
-  ACCELRT_CALL_CPU(conv2d_cpu, p);
+  ACCELRT_CALL_CPU_TILES(conv2d_cpu, p);
 }
 
 }  // namespace accelrt

@@ -16,6 +16,9 @@
 namespace accelrt {
 
 constexpr int64_t kConv2dTileBytes = int64_t{3} << 20;
+// Of packed weights at a time, which the threads share (unless a panel of them is larger): on the
+// tile registers of AMX alone.
+constexpr int64_t kConv2dPackBytes = int64_t{16} << 20;
 
 struct Conv2dParams {
   const void* x = nullptr;
@@ -47,5 +50,7 @@ void conv2d(const TensorView& x, const TensorView& weight, const OptionalView& b
             const Conv2dGeometry& geometry, const TensorView& out);
 
 ACCELRT_DECLARE_CPU(conv2d_cpu, Conv2dParams)
+ACCELRT_DECLARE_CPU_BF16(conv2d_cpu, Conv2dParams)
+ACCELRT_DECLARE_CPU_TILES(conv2d_cpu, Conv2dParams)
 
 }  // namespace accelrt

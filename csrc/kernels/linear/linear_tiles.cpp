@@ -11,7 +11,7 @@
 #include <cstring>
 
 #include "accelrt/parallel.h"
-#include "accelrt/tiles.h"
+#include "accelrt/tile_block.h"
 #include "kernels/linear/linear_parts.h"
 
 namespace accelrt {
@@ -20,11 +20,10 @@ namespace {
 
 using namespace linear_parts;
 
-constexpr int64_t kRows = 2 * kTileRows;
-static_assert(kColumns == 2 * kTileColumns);
+constexpr int64_t kRows = kBlockRows;
+static_assert(kColumns == kBlockColumns);
 constexpr int64_t kPart = 384;  // along K, at most: 24 KiB of a panel
 constexpr int64_t kPartPanel = kPart / 2 * kColumns;
-constexpr int64_t kBlockSums = kRows * kColumns;
 // Rows of x in a piece of work, at most: many, to make up for its panels. Its sums, with those of
 // kPanels panels, are 352 KiB.
 constexpr int64_t kChunk = 22 * kRows;
@@ -63,43 +62,9 @@ struct Plan {
 template <int kRowTiles>
 void multiply(Tiles& tiles, const char* x, int64_t stride, const float* panel, int64_t steps,
               bool first, float* sums) {
-  constexpr int64_t kStride = kColumns * sizeof(float);
-  float* const lower = sums + kTileRows * kColumns;
-  if (first) {
-    tiles.zero<0>();
-    tiles.zero<1>();
-    if constexpr (kRowTiles == 2) {
-      tiles.zero<2>();
-      tiles.zero<3>();
-    }
-  } else {
-    tiles.load<0>(sums, kStride);
-    tiles.load<1>(sums + kTileColumns, kStride);
-    if constexpr (kRowTiles == 2) {
-      tiles.load<2>(lower, kStride);
-      tiles.load<3>(lower + kTileColumns, kStride);
-    }
-  }
-  for (int64_t s = 0; s < steps; ++s) {
-    tiles.load<4>(x, stride);
-    tiles.load<6>(panel, kStride);
-    tiles.load<7>(panel + kTileColumns, kStride);
-    tiles.multiply_add<0, 4, 6>();
-    tiles.multiply_add<1, 4, 7>();
-    if constexpr (kRowTiles == 2) {
-      tiles.load<5>(x + kTileRows * stride, stride);
-      tiles.multiply_add<2, 5, 6>();
-      tiles.multiply_add<3, 5, 7>();
-    }
-    x += kTileBytes;
-    panel += kTileRows * kColumns;
-  }
-  tiles.store<0>(sums, kStride);
-  tiles.store<1>(sums + kTileColumns, kStride);
-  if constexpr (kRowTiles == 2) {
-    tiles.store<2>(lower, kStride);
-    tiles.store<3>(lower + kTileColumns, kStride);
-  }
+  begin_block<kRowTiles>(tiles, first, sums);
+  add_to_block<kRowTiles>(tiles, x, x + kTileRows * stride, stride, panel, steps);
+  end_block<kRowTiles>(tiles, sums);
 }
 
 // `count` rows of `depth` elements to rows of whole tiles, kCopyStride apart, with zeros past them.
