@@ -271,10 +271,10 @@ void attention_cpu(const AttentionParams& p) {
   const int64_t units = p.batch * p.heads * plan.groups;
   const int64_t unit_flops = 4 * plan.queries * p.keys * p.head_dim;
   constexpr int64_t kGrainFlops = 1 << 22;
-  parallel_for(0, units, kGrainFlops / unit_flops, [&](int64_t begin, int64_t end) {
+  SharedIndices::run(units, kGrainFlops / unit_flops, [&](const auto& next) {
     const AlignedFloats scratch = make_aligned(plan.total);
     Tiles tiles;
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = next(); i >= 0; i = next()) {
       compute(p, plan, Unit<bfloat16>(p, plan.queries, plan.groups, i), scratch.get(), tiles);
     }
   });

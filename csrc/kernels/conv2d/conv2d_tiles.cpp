@@ -18,7 +18,7 @@
 
 #include "accelrt/parallel.h"
 #include "accelrt/tile_block.h"
-#include "accelrt/transpose.h"
+#include "accelrt/tile_pack.h"
 #include "kernels/conv2d/conv2d.h"
 #include "kernels/linear/linear_parts.h"
 
@@ -219,48 +219,6 @@ void gather(const Conv2dParams& p, const Tiling& t, const Depth& d, const Patch&
   }
 }
 
-// A word of two bfloat16: one of the halves of `a` below one of the halves of `b`.
-VUInt join(VUInt a, bool a_high, VUInt b, bool b_high) {
-  constexpr uint32_t kLow = 0xffffu;
-  return (a_high ? a >> 16 : a & kLow) | (b_high ? b & ~kLow : b << 16);
-}
-
-// 16 rows of the weights, of which `rows` are there, and the channels [from, from + 32) of all taps
-// into tiles of right operands: a lane is a row, a word a pair of channels. `taps` elements lie
-// between two channels; the tile of a tap is at to(tap). words: [taps][16].
-template <typename To>
-void pack_channels(const bfloat16* weight, int64_t row, int64_t rows, int64_t taps, int64_t left,
-                   VUInt* words, const To& to) {
-  const int64_t count = std::min<int64_t>(left, kTileDepth) * taps;
-  for (int64_t at = 0; at < taps * kTileDepth; at += kTileDepth) {
-    VFloat block[kLanes];
-    const int64_t here = std::clamp<int64_t>(count - at, 0, kTileDepth);
-    for (int i = 0; i < kLanes; ++i) {
-      block[i] = VFloat{};
-      if (i >= rows) continue;
-      const bfloat16* from = weight + i * row + at;
-      if (here == kTileDepth) {
-        std::memcpy(&block[i], from, sizeof(VFloat));
-      } else {
-        std::memcpy(&block[i], from, static_cast<size_t>(here) * sizeof(bfloat16));
-      }
-    }
-    transpose(block);
-    std::memcpy(words, block, sizeof(block));
-    words += kLanes;
-  }
-  words -= taps * kLanes;
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    float* const tile = to(tap);
-    for (int64_t pair = 0; pair < kTileRows; ++pair) {
-      const int64_t a = 2 * pair * taps + tap;
-      const int64_t b = a + taps;
-      const VUInt joined = join(words[a / 2], a % 2 != 0, words[b / 2], b % 2 != 0);
-      store(tile + pair * kBlockColumns, Vec(reinterpret_cast<VFloat>(joined)));
-    }
-  }
-}
-
 // Panel of the output channels from `first`, zeros past the last and past the channels.
 void pack(const Conv2dParams& p, const Depth& d, int64_t first, VUInt* words, float* panel) {
   const int64_t row = p.channels * d.taps;
@@ -277,11 +235,11 @@ void pack(const Conv2dParams& p, const Depth& d, int64_t first, VUInt* words, fl
         };
         const int64_t left = p.channels - c;
         if (!p.weight_channels_last) {
-          pack_channels(weight + c * d.taps, row, rows, d.taps, left, words, to);
+          pack_tiles(weight + c * d.taps, row, rows, d.taps, left, words, to);
           continue;
         }
         for (int64_t tap = 0; tap < d.taps; ++tap) {
-          pack_channels(weight + tap * p.channels + c, row, rows, 1, left, words,
+          pack_tiles(weight + tap * p.channels + c, row, rows, 1, left, words,
                         [&](int64_t) { return to(tap); });
         }
       }
@@ -338,8 +296,8 @@ class Runs {
 template <int kRowTiles>
 void multiply(Tiles& tiles, const Conv2dParams& p, const Tiling& t, const Part& part,
               const bfloat16* upper, const bfloat16* lower, const float* panel, bool first,
-              float* sums) {
-  begin_block<kRowTiles>(tiles, first, sums);
+              const float* waiting, float* target) {
+  begin_block<kRowTiles>(tiles, first, waiting);
   const int64_t stride = t.next * static_cast<int64_t>(sizeof(bfloat16));
   const int64_t steps = part.count / kTileDepth;
   for (int64_t tap = part.tap; tap < part.tap_end; ++tap) {
@@ -349,12 +307,7 @@ void multiply(Tiles& tiles, const Conv2dParams& p, const Tiling& t, const Part& 
                             reinterpret_cast<const char*>(lower + at), stride, panel, steps);
     panel += part.count / 2 * kBlockColumns;
   }
-  end_block<kRowTiles>(tiles, sums);
-}
-
-// Lines of the panels that come next, to the second-level cache.
-void prefetch(const float* panel, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) __builtin_prefetch(panel + i * kLanes, 0, 2);
+  end_block<kRowTiles>(tiles, target);
 }
 
 // The sums of a run and the panel of the output channels from `first`, rounded.
@@ -368,20 +321,52 @@ void finish(const Conv2dParams& p, const Tiling& t, const Patch& patch, const Ru
   if (bias != nullptr) {
     for (int v = 0; v < 2; ++v) shift[v] = load_any(bias + first + v * kLanes, lanes[v]);
   }
-  bfloat16* const out = static_cast<bfloat16*>(p.out) + first + patch.image * p.out_stride[0] +
-                        patch.row * p.out_stride[1] + patch.column * p.out_stride[2];
   const int64_t width = patch.columns * t.together;
+  int64_t row = run.row + run.at / width;
+  int64_t column = run.at % width / t.together;
+  int64_t image = run.at % t.together;
+  const int64_t present = std::min(t.together, patch.images - run.image);
+  bfloat16* const out = static_cast<bfloat16*>(p.out) + first +
+                        (patch.image + run.image) * p.out_stride[0] + patch.row * p.out_stride[1] +
+                        patch.column * p.out_stride[2];
+  const bool whole = lanes[1] == kLanes;
   for (int64_t i = 0; i < run.count; ++i, sums += kBlockColumns) {
-    const int64_t at = (run.at + i) % width;
-    const int64_t row = run.row + (run.at + i) / width;
-    const int64_t image = run.image + at % t.together;
-    if (image >= patch.images) continue;
-    bfloat16* to = out + image * p.out_stride[0] + row * p.out_stride[1] +
-                   at / t.together * p.out_stride[2];
-    for (int v = 0; v < 2; ++v) {
-      store_any(to + v * kLanes, lanes[v], Vec(load(sums + v * kLanes)) + shift[v]);
+    if (image < present) {
+      bfloat16* to = out + image * p.out_stride[0] + row * p.out_stride[1] +
+                     column * p.out_stride[2];
+      const Vec a = Vec(load(sums)) + shift[0];
+      const Vec b = Vec(load(sums + kLanes)) + shift[1];
+      if (whole) {
+        store(to, a);
+        store(to + kLanes, b);
+      } else {
+        store_n(to, lanes[0], a);
+        store_n(to + kLanes, lanes[1], b);
+      }
     }
+    if (++image < t.together) continue;
+    image = 0;
+    if (++column < patch.columns) continue;
+    column = 0;
+    ++row;
   }
+}
+
+// A block whose sums are complete.
+struct Finished {
+  Run upper;
+  Run lower;
+  bool two;
+  int64_t first;  // output channel
+  const float* sums = nullptr;
+};
+
+void finish_block(const Conv2dParams& p, const Tiling& t, const Patch& patch,
+                  const Finished& block) {
+  if (block.sums == nullptr) return;
+  finish(p, t, patch, block.upper, block.first, block.sums);
+  if (!block.two) return;
+  finish(p, t, patch, block.lower, block.first, block.sums + kTileRows * kBlockColumns);
 }
 
 // A kernel of one pixel sees no rows: those that lie densely are one.
@@ -412,7 +397,8 @@ void conv2d_cpu(const Conv2dParams& given) {
   int64_t panels = std::min(kPanels, packed);
   while (panels > 1 && tiles * pieces(packed, panels) < kEnough) panels /= 2;
   const int64_t blocks = Runs::blocks(t);
-  const int64_t sums_size = blocks * panels * kBlockSums;
+  // Two blocks that are done, then those that wait.
+  const int64_t sums_size = (2 + blocks * panels) * kBlockSums;
   const auto pack_memory = make_lines(packed * d.panel());
   float* const weights = pack_memory[0].values;
   for (int64_t from = 0; from < all_panels; from += packed) {
@@ -424,14 +410,14 @@ void conv2d_cpu(const Conv2dParams& given) {
       }
     });
     const int64_t groups = pieces(count, panels);
-    parallel_for(0, tiles * groups, 1, [&](int64_t begin, int64_t end) {
+    SharedIndices::run(tiles * groups, 1, [&](const auto& next) {
       const auto memory = make_lines(sums_size + pieces(t.bytes(), sizeof(float)));
       float* const sums = memory[0].values;
       bfloat16* const x = reinterpret_cast<bfloat16*>(sums + sums_size);
       Tiles registers;
       int64_t gathered = -1;
       Patch patch{};
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i = next(); i >= 0; i = next()) {
         if (gathered != i / groups) {
           gathered = i / groups;
           patch = patch_at(p, t, gathered);
@@ -439,6 +425,7 @@ void conv2d_cpu(const Conv2dParams& given) {
         }
         const int64_t group = i % groups * panels;
         const int64_t here = std::min(panels, count - group);
+        Finished before;
         for (int64_t index = 0; index < d.parts; ++index) {
           const Part part = part_at(d, index);
           Runs runs(t, patch);
@@ -453,20 +440,22 @@ void conv2d_cpu(const Conv2dParams& given) {
             for (int64_t k = 0; k < here; ++k) {
               const int64_t ahead = group + k + (last ? panels : 0);
               if (ahead < count) {
-                prefetch(weights + ahead * d.panel() + coming.offset, b * lines / blocks,
+                prefetch_lines(weights + ahead * d.panel() + coming.offset, b * lines / blocks,
                          (b + 1) * lines / blocks);
               }
-              float* const own = sums + (b * panels + k) * kBlockSums;
+              float* const waiting = sums + (2 + b * panels + k) * kBlockSums;
+              float* const target = last ? sums + (b * here + k) % 2 * kBlockSums : waiting;
               const float* const panel = weights + (group + k) * d.panel() + part.offset;
               run(registers, p, t, part, x + upper.offset, x + (two ? lower : upper).offset, panel,
-                  index == 0, own);
+                  index == 0, waiting, target);
               if (!last) continue;
-              const int64_t first = (from + group + k) * kBlockColumns;
-              finish(p, t, patch, upper, first, own);
-              if (two) finish(p, t, patch, lower, first, own + kTileRows * kBlockColumns);
+              // A block is finished while the tiles multiply the next one.
+              finish_block(p, t, patch, before);
+              before = {upper, lower, two, (from + group + k) * kBlockColumns, target};
             }
           }
         }
+        finish_block(p, t, patch, before);
       }
     });
   }

@@ -5,14 +5,18 @@
 // out overlaps no input. Sums are in float32 and rounded once, after the epilogue.
 // Memory beside, on the CPU: a panel of the weights per thread, 32 rows of K (twice the size of
 // bfloat16 where the processor has no products of it, and then 4 MiB of the rows of x, or twelve of
-// them); with tile registers below 512 KiB whatever K. On CUDA none; linear_cuda_takes says what
-// its kernel computes, a library has the rest.
+// them). With tile registers packed weights, kLinearPackBytes at most (unless a panel of 32 rows is
+// larger), which the threads share, and per thread 1.25 MiB of the rows of x, or 256 of them, and
+// below 512 KiB of sums. On CUDA none; linear_cuda_takes says what its kernel computes, a library
+// has the rest.
 #pragma once
 
 #include "accelrt/cpu_isa.h"
 #include "accelrt/tensor_view.h"
 
 namespace accelrt {
+
+constexpr int64_t kLinearPackBytes = int64_t{16} << 20;
 
 enum class LinearEpilogue : int {
   kNone = 0,

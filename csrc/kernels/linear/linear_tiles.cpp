@@ -1,17 +1,22 @@
 // linear on the tile registers of AMX; called for bfloat16 alone. A block of 32 rows of x and a
-// panel of 32 rows of the weights make four tiles of sums; a step along K loads two tiles of x, as
-// it lies, and two of the panel (see linear_parts.h), and multiplies four times.
+// panel of 32 rows of the weights make four tiles of sums; a step along K loads two tiles of x and
+// two of the panel, and multiplies four times.
 //
 // Per multiplication (16 cycles) that is one tile, and the second-level cache does not deliver both
 // operands' at this rate. Therefore K is cut into parts of which a panel takes half of the
 // first-level cache, several panels share the block of x that was just read, and sums wait in
 // memory between two parts. The parts depend on K alone: results depend neither on the panels
 // that go together nor on the threads.
+//
+// The weights are packed once for all rows, as many of them at a time as kLinearPackBytes take;
+// the threads share them. A chunk of the rows of x is copied once for all its panels: rows as they
+// lie are often a power of two apart and crowd each other out of the cache.
 #include <algorithm>
 #include <cstring>
 
 #include "accelrt/parallel.h"
 #include "accelrt/tile_block.h"
+#include "accelrt/tile_pack.h"
 #include "kernels/linear/linear_parts.h"
 
 namespace accelrt {
@@ -20,145 +25,242 @@ namespace {
 
 using namespace linear_parts;
 
-constexpr int64_t kRows = kBlockRows;
 static_assert(kColumns == kBlockColumns);
 constexpr int64_t kPart = 384;  // along K, at most: 24 KiB of a panel
-constexpr int64_t kPartPanel = kPart / 2 * kColumns;
-// Rows of x in a piece of work, at most: many, to make up for its panels. Its sums, with those of
-// kPanels panels, are 352 KiB.
-constexpr int64_t kChunk = 22 * kRows;
-constexpr int64_t kPanels = 4;
-// A copied row of x: its lines of the cache are not those of the next one.
-constexpr int64_t kCopyStride = kPart + kTileDepth;
+// Rows of x in a chunk: as many as the second-level cache takes, and so many that the panels which
+// pass by them come from further away in time.
+constexpr int64_t kChunkBytes = 5 << 18;
+constexpr int64_t kFewestRows = 8 * kBlockRows;
+constexpr int64_t kMostRows = 22 * kBlockRows;
+// Of the sums that wait between two parts.
+constexpr int64_t kSumsBytes = 352 << 10;
+constexpr int64_t kLine = kTileDepth;  // elements of a line of the cache
+
+int64_t pieces(int64_t total, int64_t size) { return (total + size - 1) / size; }
 
 // How the product is cut into pieces.
 struct Plan {
   explicit Plan(const LinearParams& p) {
     width = panel_columns(p);
-    all_panels = (p.columns + width - 1) / width;
-    parts = std::max<int64_t>(1, (p.depth + kPart - 1) / kPart);
-    part = round_up((p.depth + parts - 1) / parts, kTileDepth);
-    const int64_t chunks = (p.rows + kChunk - 1) / kChunk;
-    chunk = round_up((p.rows + chunks - 1) / chunks, kRows);
+    all_panels = pieces(p.columns, width);
+    depth = std::max(round_up(p.depth, kTileDepth), int64_t{kTileDepth});
+    parts = pieces(depth, kPart);
+    part = round_up(pieces(depth, parts), kTileDepth);
+    parts = pieces(depth, part);
+    const int64_t lines = depth / kLine;
+    row = (lines % 2 == 0 ? lines + 1 : lines) * kLine;
+    const int64_t fit = kChunkBytes / (row * static_cast<int64_t>(sizeof(bfloat16)));
+    const int64_t most = std::clamp(fit, kFewestRows, kMostRows);
+    chunks = pieces(p.rows, most);
+    chunk = round_up(pieces(p.rows, chunks), kTileRows);
+    chunks = pieces(p.rows, chunk);
+    packed = std::clamp<int64_t>(kLinearPackBytes / (panel() * 4), 1, all_panels);
     // Enough pieces for the threads to share, whatever their number.
-    constexpr int64_t kEnough = 64;
-    panels = kPanels;
-    while (panels > 1 && (all_panels + panels - 1) / panels * chunks < kEnough) panels /= 2;
-    groups = (all_panels + panels - 1) / panels;
-    pieces = groups * chunks;
+    constexpr int64_t kEnough = 24;
+    constexpr int64_t kPanels = 8;
+    panels = std::clamp<int64_t>(kSumsBytes / (blocks() * kBlockSums * 4), 1, kPanels);
+    while (panels > 1 && pieces(packed, panels) * chunks < kEnough) --panels;
   }
+  int64_t panel() const { return depth / 2 * kBlockColumns; }  // words
+  int64_t blocks() const { return pieces(chunk, kBlockRows); }
   int64_t width;       // columns of a panel
   int64_t all_panels;  // of the weights
+  int64_t depth;       // K in whole tiles
   int64_t parts;       // of K
   int64_t part;        // elements of one, but for the last
-  int64_t chunk;       // rows of a piece
-  int64_t panels;      // of a piece
-  int64_t groups;      // of panels
-  int64_t pieces;
+  int64_t row;         // elements between copied rows of x, an odd number of lines
+  int64_t chunk;       // rows
+  int64_t chunks;
+  int64_t packed;  // panels at a time
+  int64_t panels;  // of a piece
 };
 
-// sums[32, 32] += x panel over `steps` tiles along K. x has kRowTiles tiles of rows, `stride` bytes
-// apart; the first part finds nothing in the sums.
-template <int kRowTiles>
-void multiply(Tiles& tiles, const char* x, int64_t stride, const float* panel, int64_t steps,
-              bool first, float* sums) {
-  begin_block<kRowTiles>(tiles, first, sums);
-  add_to_block<kRowTiles>(tiles, x, x + kTileRows * stride, stride, panel, steps);
-  end_block<kRowTiles>(tiles, sums);
-}
-
-// `count` rows of `depth` elements to rows of whole tiles, kCopyStride apart, with zeros past them.
-void copy_rows(const bfloat16* x, int64_t stride, int64_t count, int64_t depth, bfloat16* to) {
-  const int64_t padded = round_up(depth, kTileDepth);
-  const int64_t rows = round_up(count, kTileRows);
-  for (int64_t r = 0; r < rows; ++r) {
-    bfloat16* const row = to + r * kCopyStride;
-    const int64_t present = r < count ? depth : 0;
-    if (present > 0) {
-      std::memcpy(row, x + r * stride, static_cast<size_t>(present) * sizeof(bfloat16));
+// The panel whose columns begin at `first`: [depth / 2 words][kColumns].
+void pack_panel(const LinearParams& p, const Plan& plan, int64_t first, float* panel) {
+  VUInt words[kLanes];
+  for (int v = 0; v < kVecs; ++v) {
+    const auto [begin, end] = rows_of_vector(p, first, v);
+    const int64_t rows = std::clamp<int64_t>(end - begin, 0, kLanes);
+    const bfloat16* weight = static_cast<const bfloat16*>(p.weight) + begin * p.weight_stride;
+    for (int64_t k = 0; k < plan.depth; k += kTileDepth) {
+      pack_tiles(weight + k, p.weight_stride, rows, 1, p.depth - k, words, [&](int64_t) {
+        return panel + k / 2 * kBlockColumns + v * kLanes;
+      });
     }
-    std::memset(row + present, 0, static_cast<size_t>(padded - present) * sizeof(bfloat16));
   }
 }
 
-// Memory of a thread.
-struct Scratch {
-  explicit Scratch(const Plan& plan) {
-    // With one part of K the sums of a block are finished at once.
-    const int64_t blocks = plan.parts == 1 ? 1 : plan.chunk / kRows;
-    const int64_t copy_size = kRows * kCopyStride * static_cast<int64_t>(sizeof(bfloat16)) / 4;
-    const int64_t panel_size = plan.panels * kPartPanel;
-    lines = make_lines(panel_size + copy_size + blocks * plan.panels * kBlockSums);
-    panels = lines[0].values;
-    copy = reinterpret_cast<bfloat16*>(panels + panel_size);
-    sums = panels + panel_size + copy_size;
+// The rows [begin, end) of x to rows of whole tiles; to tiles of rows with zeros.
+void copy_rows(const LinearParams& p, const Plan& plan, int64_t begin, int64_t end, bfloat16* to) {
+  const size_t present = static_cast<size_t>(p.depth) * sizeof(bfloat16);
+  const size_t missing = static_cast<size_t>(plan.depth - p.depth) * sizeof(bfloat16);
+  for (int64_t r = begin; r < end; ++r, to += plan.row) {
+    std::memcpy(to, static_cast<const bfloat16*>(p.x) + r * p.x_stride, present);
+    std::memset(to + p.depth, 0, missing);
   }
-  std::unique_ptr<Line[]> lines;
-  float* panels;  // [panels][kPartPanel]
-  bfloat16* copy;
-  float* sums;  // [blocks][panels][kBlockSums]
+  const int64_t rest = round_up(end - begin, kTileRows) - (end - begin);
+  std::memset(to, 0, static_cast<size_t>(rest * plan.row) * sizeof(bfloat16));
+}
+
+// A block whose sums are complete.
+struct Finished {
+  int64_t row;
+  int64_t rows = 0;
+  int64_t column;
+  const float* sums;
 };
 
-void finish_block(const LinearParams& p, int64_t row, int64_t rows, int64_t first,
-                  const float* sums) {
-  for (int64_t r = 0; r < rows; ++r) {
-    VFloat one[kVecs];
-    for (int v = 0; v < kVecs; ++v) one[v] = load(sums + r * kColumns + v * kLanes).v;
-    finish<bfloat16>(p, row + r, first, one);
+// Whole panels, epilogue by epilogue; what finish() of linear_parts.h does row by row.
+template <LinearEpilogue kKind>
+void finish_whole(const LinearParams& p, const Finished& block) {
+  constexpr bool kGated = is_geglu(kKind);
+  constexpr LinearEpilogue kGate =
+      kKind == LinearEpilogue::kGEGLU ? LinearEpilogue::kGELU : LinearEpilogue::kGELUTanh;
+  const bfloat16* bias = static_cast<const bfloat16*>(p.bias);
+  Vec shift[kVecs] = {Vec(0.f), Vec(0.f)};
+  if (bias != nullptr) {
+    shift[0] = load(bias + block.column);
+    shift[1] = load(bias + block.column + (kGated ? p.columns : kLanes));
+  }
+  const float* sums = block.sums;
+  bfloat16* out = static_cast<bfloat16*>(p.out) + block.row * p.out_stride + block.column;
+  for (int64_t r = 0; r < block.rows; ++r, sums += kColumns, out += p.out_stride) {
+    Vec a = Vec(load(sums)) + shift[0];
+    Vec b = Vec(load(sums + kLanes)) + shift[1];
+    if constexpr (kGated) {
+      store(out, a * activated<bfloat16>(kGate, b));
+      continue;
+    }
+    if constexpr (kKind == LinearEpilogue::kGatedResidual) {
+      Vec gate[kVecs] = {Vec(1.f), Vec(1.f)};
+      if (p.gate != nullptr) {
+        const bfloat16* from = static_cast<const bfloat16*>(p.gate) +
+                               (block.row + r) / p.rows_per_sample * p.gate_stride + block.column;
+        for (int v = 0; v < kVecs; ++v) gate[v] = load(from + v * kLanes);
+      }
+      a = fma(gate[0], a, load(out));
+      b = fma(gate[1], b, load(out + kLanes));
+    } else {
+      a = activated<bfloat16>(kKind, a);
+      b = activated<bfloat16>(kKind, b);
+    }
+    store(out, a);
+    store(out + kLanes, b);
   }
 }
 
-// Rows [begin, end) of x with the panels from the column `first`.
-void compute(const LinearParams& p, const Plan& plan, int64_t first, int64_t begin, int64_t end,
-             Tiles& tiles, const Scratch& scratch) {
-  const int64_t last = round_up(p.columns, plan.width);
-  const int64_t panels = std::min(plan.panels, (last - first) / plan.width);
+void finish_block(const LinearParams& p, int64_t width, const Finished& block) {
+  if (block.rows > 0 && block.column + width <= p.columns) {
+    switch (p.epilogue) {
+      case LinearEpilogue::kNone: return finish_whole<LinearEpilogue::kNone>(p, block);
+      case LinearEpilogue::kGELU: return finish_whole<LinearEpilogue::kGELU>(p, block);
+      case LinearEpilogue::kGELUTanh: return finish_whole<LinearEpilogue::kGELUTanh>(p, block);
+      case LinearEpilogue::kGatedResidual:
+        return finish_whole<LinearEpilogue::kGatedResidual>(p, block);
+      case LinearEpilogue::kGEGLU: return finish_whole<LinearEpilogue::kGEGLU>(p, block);
+      case LinearEpilogue::kGEGLUTanh: return finish_whole<LinearEpilogue::kGEGLUTanh>(p, block);
+    }
+  }
+  for (int64_t r = 0; r < block.rows; ++r) {
+    VFloat one[kVecs];
+    for (int v = 0; v < kVecs; ++v) one[v] = load(block.sums + r * kColumns + v * kLanes).v;
+    finish<bfloat16>(p, block.row + r, block.column, one);
+  }
+}
+
+// Weights as they are packed now: `count` panels, the first of column `column`.
+struct Packed {
+  const float* panels;
+  int64_t column;
+  int64_t count;
+};
+
+// The rows [begin, end) of x, copied, with a piece of the panels from `group`. A block is finished
+// while the tiles multiply the next one. sums: [2] blocks that are done, then those that wait.
+void compute(const LinearParams& p, const Plan& plan, const Packed& packed, int64_t group,
+             int64_t begin, int64_t end, const bfloat16* x, Tiles& tiles, float* sums) {
+  float* const done = sums;
+  sums += 2 * kBlockSums;
+  const int64_t panels = std::min(plan.panels, packed.count - group);
+  const int64_t blocks = pieces(end - begin, kBlockRows);
+  constexpr int64_t kElement = sizeof(bfloat16);
+  Finished before;
   for (int64_t part = 0; part < plan.parts; ++part) {
     const int64_t from = part * plan.part;
-    const int64_t depth = std::min(plan.part, p.depth - from);
-    const int64_t steps = (depth + kTileDepth - 1) / kTileDepth;
-    for (int64_t i = 0; i < panels; ++i) {
-      pack<bfloat16>(p, first + i * plan.width, from, from + depth,
-                     scratch.panels + i * kPartPanel);
-    }
-    for (int64_t row = begin; row < end; row += kRows) {
-      const int64_t rows = std::min(kRows, end - row);
-      const bfloat16* x = static_cast<const bfloat16*>(p.x) + row * p.x_stride + from;
-      int64_t stride = p.x_stride;
-      if (rows % kTileRows != 0 || depth % kTileDepth != 0) {
-        copy_rows(x, stride, rows, depth, scratch.copy);
-        x = scratch.copy;
-        stride = kCopyStride;
-      }
-      const int64_t block = plan.parts == 1 ? 0 : (row - begin) / kRows;
+    const int64_t depth = std::min(plan.part, plan.depth - from);
+    const bool last = part + 1 == plan.parts;
+    // What comes next is fetched along the way.
+    const int64_t coming = last ? 0 : from + plan.part;
+    const int64_t lines = std::min(plan.part, plan.depth - coming) / 2 * kBlockColumns / kLanes;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t row = b * kBlockRows;
+      const int64_t rows = std::min(kBlockRows, end - begin - row);
+      const char* upper = reinterpret_cast<const char*>(x + row * plan.row + from);
+      const char* lower = upper + kTileRows * plan.row * kElement;
       for (int64_t i = 0; i < panels; ++i) {
-        float* const sums = scratch.sums + (block * plan.panels + i) * kBlockSums;
-        const auto run = rows > kTileRows ? multiply<2> : multiply<1>;
-        run(tiles, reinterpret_cast<const char*>(x), stride * int64_t{sizeof(bfloat16)},
-            scratch.panels + i * kPartPanel, steps, part == 0, sums);
-        if (part + 1 == plan.parts) finish_block(p, row, rows, first + i * plan.width, sums);
+        const int64_t ahead = group + i + (last ? plan.panels : 0);
+        if (ahead < packed.count) {
+          prefetch_lines(packed.panels + ahead * plan.panel() + coming / 2 * kBlockColumns,
+                         b * lines / blocks, (b + 1) * lines / blocks);
+        }
+        const float* panel =
+            packed.panels + (group + i) * plan.panel() + from / 2 * kBlockColumns;
+        float* const waiting = sums + (b * plan.panels + i) * kBlockSums;
+        float* const target = last ? done + (b * panels + i) % 2 * kBlockSums : waiting;
+        if (rows > kTileRows) {
+          begin_block<2>(tiles, part == 0, waiting);
+          add_to_block<2>(tiles, upper, lower, plan.row * kElement, panel, depth / kTileDepth);
+          end_block<2>(tiles, target);
+        } else {
+          begin_block<1>(tiles, part == 0, waiting);
+          add_to_block<1>(tiles, upper, upper, plan.row * kElement, panel, depth / kTileDepth);
+          end_block<1>(tiles, target);
+        }
+        if (!last) continue;
+        finish_block(p, plan.width, before);
+        before = {begin + row, rows, packed.column + (group + i) * plan.width, target};
       }
     }
   }
+  finish_block(p, plan.width, before);
 }
 
 }  // namespace
 
 void linear_cpu(const LinearParams& p) {
   const Plan plan(p);
+  const auto memory = make_lines(plan.packed * plan.panel());
+  float* const weights = memory[0].values;
   // Small products stay on one thread.
   constexpr int64_t kOperations = 1 << 20;
-  const int64_t each = std::min(p.rows, plan.chunk) * plan.panels * kColumns * p.depth;
-  parallel_for(0, plan.pieces, kOperations / std::max<int64_t>(1, each),
-               [&](int64_t begin, int64_t end) {
-                 const Scratch scratch(plan);
-                 Tiles tiles;
-                 for (int64_t i = begin; i < end; ++i) {
-                   const int64_t first = i % plan.groups * plan.panels * plan.width;
-                   const int64_t row = i / plan.groups * plan.chunk;
-                   compute(p, plan, first, row, std::min(row + plan.chunk, p.rows), tiles, scratch);
-                 }
-               });
+  constexpr int64_t kElements = 1 << 16;
+  for (int64_t from = 0; from < plan.all_panels; from += plan.packed) {
+    const Packed packed{weights, from * plan.width, std::min(plan.packed, plan.all_panels - from)};
+    parallel_for(0, packed.count, kElements / (plan.depth * kColumns) + 1,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     pack_panel(p, plan, packed.column + i * plan.width, weights + i * plan.panel());
+                   }
+                 });
+    const int64_t groups = pieces(packed.count, plan.panels);
+    const int64_t each = std::min(p.rows, plan.chunk) * plan.panels * kColumns * plan.depth;
+    SharedIndices::run(
+        groups * plan.chunks, kOperations / std::max<int64_t>(1, each), [&](const auto& next) {
+          const int64_t sums_size = (2 + plan.blocks() * plan.panels) * kBlockSums;
+          const auto own = make_lines(sums_size + plan.chunk * plan.row / 2);
+          float* const sums = own[0].values;
+          bfloat16* const x = reinterpret_cast<bfloat16*>(sums + sums_size);
+          Tiles tiles;
+          int64_t copied = -1;
+          for (int64_t i = next(); i >= 0; i = next()) {
+            const int64_t row = i / groups * plan.chunk;
+            const int64_t row_end = std::min(row + plan.chunk, p.rows);
+            if (copied != row) copy_rows(p, plan, row, row_end, x);
+            copied = row;
+            compute(p, plan, packed, i % groups * plan.panels, row, row_end, x, tiles, sums);
+          }
+        });
+  }
 }
 
 }  // namespace ACCELRT_ISA
