@@ -41,7 +41,7 @@ def program(sim_dir):
     return sim_dir / "accelrt_tile_check"
 
 
-@pytest.mark.parametrize("what", ["product", "linear", "attention"])
+@pytest.mark.parametrize("what", ["product", "linear", "conv2d", "attention"])
 def test_machine_code_and_emulation_agree(program, what):
     """To the bit; where the processor has no tiles every instruction is trapped and modelled."""
     done = subprocess.run([program, what], capture_output=True, text=True)

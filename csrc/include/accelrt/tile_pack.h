@@ -30,7 +30,7 @@ void pack_tiles(const bfloat16* weight, int64_t row, int64_t rows, int64_t taps,
     const int64_t here = std::clamp<int64_t>(count - at, 0, kTileDepth);
     for (int i = 0; i < kLanes; ++i) {
       block[i] = VFloat{};
-      if (i >= rows) continue;
+      if (i >= rows || here == 0) continue;
       const bfloat16* from = weight + i * row + at;
       if (here == kTileDepth) {
         std::memcpy(&block[i], from, sizeof(VFloat));

@@ -95,7 +95,9 @@ void copy_rows(const LinearParams& p, const Plan& plan, int64_t begin, int64_t e
   const size_t present = static_cast<size_t>(p.depth) * sizeof(bfloat16);
   const size_t missing = static_cast<size_t>(plan.depth - p.depth) * sizeof(bfloat16);
   for (int64_t r = begin; r < end; ++r, to += plan.row) {
-    std::memcpy(to, static_cast<const bfloat16*>(p.x) + r * p.x_stride, present);
+    if (present > 0) {
+      std::memcpy(to, static_cast<const bfloat16*>(p.x) + r * p.x_stride, present);
+    }
     std::memset(to + p.depth, 0, missing);
   }
   const int64_t rest = round_up(end - begin, kTileRows) - (end - begin);
