@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "accelrt/cpu_isa.h"
 #include "blocks/views.h"
 #include "runtime/device_info.h"
 
@@ -133,8 +134,11 @@ int64_t feed_forward_rows(const FeedForwardParams& p, int64_t bytes) {
 }
 
 int64_t feed_forward_cache_bytes(Device device) {
+  if (device != Device::kCPU) return current_device_info().l2_bytes / 2;
+  // The products on tile registers are so fast that every slice's packing of weights counts.
+  constexpr int64_t kTiles = 64 << 20;
   constexpr int64_t kCPU = 8 << 20;
-  return device == Device::kCPU ? kCPU : current_device_info().l2_bytes / 2;
+  return active_isa() == Isa::kAMX ? kTiles : kCPU;
 }
 
 void feed_forward(const FeedForwardParams& p, Products& products, Stream stream) {

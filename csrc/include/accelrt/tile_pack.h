@@ -39,6 +39,11 @@ void pack_tiles(const bfloat16* weight, int64_t row, int64_t rows, int64_t taps,
       }
     }
     transpose(block);
+    if (taps == 1) {  // two channels lie together already
+      float* const tile = to(0);
+      for (int i = 0; i < kLanes; ++i) store(tile + i * kBlockColumns, Vec(block[i]));
+      return;
+    }
     std::memcpy(words, block, sizeof(block));
     words += kLanes;
   }

@@ -6,9 +6,9 @@
 // Memory beside, on the CPU: a panel of the weights per thread, 32 rows of K (twice the size of
 // bfloat16 where the processor has no products of it, and then 4 MiB of the rows of x, or twelve of
 // them). With tile registers packed weights, kLinearPackBytes at most (unless a panel of 32 rows is
-// larger), which the threads share, and per thread 1.25 MiB of the rows of x, or 256 of them, and
-// below 512 KiB of sums. On CUDA none; linear_cuda_takes says what its kernel computes, a library
-// has the rest.
+// larger), which the threads share, and per thread 1.25 MiB of the rows of x, or 512 of them, some
+// panels, and below 512 KiB of sums. On CUDA none; linear_cuda_takes says what its kernel
+// computes, a library has the rest.
 #pragma once
 
 #include "accelrt/cpu_isa.h"

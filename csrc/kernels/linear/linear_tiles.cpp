@@ -8,8 +8,8 @@
 // memory between two parts. The parts depend on K alone: results depend neither on the panels
 // that go together nor on the threads.
 //
-// The weights are packed once for all rows, as many of them at a time as kLinearPackBytes take;
-// the threads share them. A chunk of the rows of x is copied once for all its panels: rows as they
+// With one chunk of rows a thread packs panels as it needs them. With several the weights are packed
+// once for all, as many of them at a time as kLinearPackBytes take; the threads share them. A chunk of the rows of x is copied once for all its panels: rows as they
 // lie are often a power of two apart and crowd each other out of the cache.
 #include <algorithm>
 #include <cstring>
@@ -32,6 +32,7 @@ constexpr int64_t kPart = 384;  // along K, at most: 24 KiB of a panel
 constexpr int64_t kChunkBytes = 5 << 18;
 constexpr int64_t kFewestRows = 8 * kBlockRows;
 constexpr int64_t kMostRows = 22 * kBlockRows;
+constexpr int64_t kFewRows = 16 * kBlockRows;
 // Of the sums that wait between two parts.
 constexpr int64_t kSumsBytes = 352 << 10;
 constexpr int64_t kLine = kTileDepth;  // elements of a line of the cache
@@ -50,16 +51,19 @@ struct Plan {
     const int64_t lines = depth / kLine;
     row = (lines % 2 == 0 ? lines + 1 : lines) * kLine;
     const int64_t fit = kChunkBytes / (row * static_cast<int64_t>(sizeof(bfloat16)));
-    const int64_t most = std::clamp(fit, kFewestRows, kMostRows);
+    // Few rows are one chunk even where a part of K alone fits.
+    const bool few = p.rows <= kFewRows;
+    const int64_t most = few ? kFewRows : std::clamp(fit, kFewestRows, kMostRows);
     chunks = pieces(p.rows, most);
     chunk = round_up(pieces(p.rows, chunks), kTileRows);
     chunks = pieces(p.rows, chunk);
     packed = std::clamp<int64_t>(kLinearPackBytes / (panel() * 4), 1, all_panels);
-    // Enough pieces for the threads to share, whatever their number.
-    constexpr int64_t kEnough = 24;
+    // Enough pieces for the threads to share, whatever their number; fewer where every one of them
+    // reads the chunk from afar.
+    const int64_t enough = chunk > fit ? 8 : 24;
     constexpr int64_t kPanels = 8;
     panels = std::clamp<int64_t>(kSumsBytes / (blocks() * kBlockSums * 4), 1, kPanels);
-    while (panels > 1 && pieces(packed, panels) * chunks < kEnough) --panels;
+    while (panels > 1 && pieces(packed, panels) * chunks < enough) --panels;
   }
   int64_t panel() const { return depth / 2 * kBlockColumns; }  // words
   int64_t blocks() const { return pieces(chunk, kBlockRows); }
@@ -170,99 +174,174 @@ void finish_block(const LinearParams& p, int64_t width, const Finished& block) {
   }
 }
 
-// Weights as they are packed now: `count` panels, the first of column `column`.
-struct Packed {
+// Panels that go together, packed, the first of column `column`.
+struct Group {
   const float* panels;
   int64_t column;
   int64_t count;
 };
 
-// The rows [begin, end) of x, copied, with a piece of the panels from `group`. A block is finished
-// while the tiles multiply the next one. sums: [2] blocks that are done, then those that wait.
-void compute(const LinearParams& p, const Plan& plan, const Packed& packed, int64_t group,
+// Brings what comes next nearer, step by step of the products of a group.
+class Ahead {
+ public:
+  // The panels of the next group, packed; part after part as they are needed.
+  Ahead(const Plan& plan, const float* panels, int64_t count)
+      : lines_(count * plan.panel() / kLanes), row_(lines_), data_(panels) {}
+  // The rows of the weights from which the next group will be packed.
+  Ahead(const LinearParams& p, const Plan& plan, int64_t column, int64_t count)
+      : row_(pieces(p.depth, kLine)), params_(&p), width_(plan.width), column_(column) {
+    lines_ = count * kColumns * row_;
+  }
+  void step(int64_t index, int64_t of) const {
+    const int64_t end = (index + 1) * lines_ / of;
+    for (int64_t at = index * lines_ / of; at < end; ++at) __builtin_prefetch(line(at), 0, 2);
+  }
+
+ private:
+  const void* line(int64_t at) const {
+    if (params_ == nullptr) return data_ + at * kLanes;
+    const LinearParams& p = *params_;
+    const int64_t row = at / row_;
+    const int64_t first = column_ + row / kColumns * width_;
+    const auto [begin, end] = rows_of_vector(p, first, static_cast<int>(row % kColumns / kLanes));
+    const int64_t own = std::clamp<int64_t>(begin + row % kLanes, 0, end - 1);
+    return static_cast<const bfloat16*>(p.weight) + own * p.weight_stride + at % row_ * kLine;
+  }
+  int64_t lines_;
+  int64_t row_;
+  const float* data_ = nullptr;
+  const LinearParams* params_ = nullptr;
+  int64_t width_ = 0;
+  int64_t column_ = 0;
+};
+
+// The rows [begin, end) of x, copied, with a group of panels. A block is finished while the tiles
+// multiply the next one. sums: [2] blocks that are done, then those that wait.
+void compute(const LinearParams& p, const Plan& plan, const Group& group, const Ahead& ahead,
              int64_t begin, int64_t end, const bfloat16* x, Tiles& tiles, float* sums) {
   float* const done = sums;
   sums += 2 * kBlockSums;
-  const int64_t panels = std::min(plan.panels, packed.count - group);
   const int64_t blocks = pieces(end - begin, kBlockRows);
   constexpr int64_t kElement = sizeof(bfloat16);
+  int64_t step = 0;
   Finished before;
   for (int64_t part = 0; part < plan.parts; ++part) {
     const int64_t from = part * plan.part;
-    const int64_t depth = std::min(plan.part, plan.depth - from);
+    const int64_t steps = std::min(plan.part, plan.depth - from) / kTileDepth;
     const bool last = part + 1 == plan.parts;
-    // What comes next is fetched along the way.
-    const int64_t coming = last ? 0 : from + plan.part;
-    const int64_t lines = std::min(plan.part, plan.depth - coming) / 2 * kBlockColumns / kLanes;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t row = b * kBlockRows;
       const int64_t rows = std::min(kBlockRows, end - begin - row);
       const char* upper = reinterpret_cast<const char*>(x + row * plan.row + from);
       const char* lower = upper + kTileRows * plan.row * kElement;
-      for (int64_t i = 0; i < panels; ++i) {
-        const int64_t ahead = group + i + (last ? plan.panels : 0);
-        if (ahead < packed.count) {
-          prefetch_lines(packed.panels + ahead * plan.panel() + coming / 2 * kBlockColumns,
-                         b * lines / blocks, (b + 1) * lines / blocks);
-        }
-        const float* panel =
-            packed.panels + (group + i) * plan.panel() + from / 2 * kBlockColumns;
+      for (int64_t i = 0; i < group.count; ++i, ++step) {
+        ahead.step(step, plan.parts * blocks * group.count);
+        const float* panel = group.panels + i * plan.panel() + from / 2 * kBlockColumns;
         float* const waiting = sums + (b * plan.panels + i) * kBlockSums;
-        float* const target = last ? done + (b * panels + i) % 2 * kBlockSums : waiting;
+        float* const target = last ? done + step % 2 * kBlockSums : waiting;
         if (rows > kTileRows) {
           begin_block<2>(tiles, part == 0, waiting);
-          add_to_block<2>(tiles, upper, lower, plan.row * kElement, panel, depth / kTileDepth);
+          add_to_block<2>(tiles, upper, lower, plan.row * kElement, panel, steps);
           end_block<2>(tiles, target);
         } else {
           begin_block<1>(tiles, part == 0, waiting);
-          add_to_block<1>(tiles, upper, upper, plan.row * kElement, panel, depth / kTileDepth);
+          add_to_block<1>(tiles, upper, upper, plan.row * kElement, panel, steps);
           end_block<1>(tiles, target);
         }
         if (!last) continue;
         finish_block(p, plan.width, before);
-        before = {begin + row, rows, packed.column + (group + i) * plan.width, target};
+        before = {begin + row, rows, group.column + i * plan.width, target};
       }
     }
   }
   finish_block(p, plan.width, before);
 }
 
+// Memory of a thread: sums, and a copied chunk of x.
+struct Scratch {
+  explicit Scratch(const Plan& plan, int64_t panels = 0) {
+    const int64_t sums_size = (2 + plan.blocks() * plan.panels) * kBlockSums;
+    lines = make_lines(sums_size + plan.chunk * plan.row / 2 + panels * plan.panel());
+    sums = lines[0].values;
+    x = reinterpret_cast<bfloat16*>(sums + sums_size);
+    weights = sums + sums_size + plan.chunk * plan.row / 2;
+  }
+  std::unique_ptr<Line[]> lines;
+  float* sums;
+  bfloat16* x;
+  float* weights;
+};
+
+// One chunk: a thread packs the panels that it needs, and fetches the weights of its next ones while
+// it multiplies.
+void multiply_chunk(const LinearParams& p, const Plan& plan, int64_t grain) {
+  const int64_t groups = pieces(plan.all_panels, plan.panels);
+  SharedIndices::run(groups, grain, [&](const auto& next) {
+    const Scratch scratch(plan, plan.panels);
+    Tiles tiles;
+    copy_rows(p, plan, 0, p.rows, scratch.x);
+    for (int64_t i = next(); i >= 0; i = next()) {
+      const auto count_of = [&](int64_t index) {
+        return std::clamp<int64_t>(plan.all_panels - index * plan.panels, 0, plan.panels);
+      };
+      const int64_t column = i * plan.panels * plan.width;
+      const Group group{scratch.weights, column, count_of(i)};
+      for (int64_t k = 0; k < group.count; ++k) {
+        pack_panel(p, plan, column + k * plan.width, scratch.weights + k * plan.panel());
+      }
+      const Ahead ahead(p, plan, column + plan.panels * plan.width, count_of(i + 1));
+      compute(p, plan, group, ahead, 0, p.rows, scratch.x, tiles, scratch.sums);
+    }
+  });
+}
+
+// Several: the weights are packed for all of them, plan.packed panels at a time.
+void multiply_chunks(const LinearParams& p, const Plan& plan, int64_t grain) {
+  const auto memory = make_lines(plan.packed * plan.panel());
+  float* const weights = memory[0].values;
+  constexpr int64_t kElements = 1 << 16;
+  for (int64_t from = 0; from < plan.all_panels; from += plan.packed) {
+    const int64_t count = std::min(plan.packed, plan.all_panels - from);
+    parallel_for(0, count, kElements / (plan.depth * kColumns) + 1,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     pack_panel(p, plan, (from + i) * plan.width, weights + i * plan.panel());
+                   }
+                 });
+    const int64_t groups = pieces(count, plan.panels);
+    SharedIndices::run(groups * plan.chunks, grain, [&](const auto& next) {
+      const Scratch scratch(plan);
+      Tiles tiles;
+      int64_t copied = -1;
+      for (int64_t i = next(); i >= 0; i = next()) {
+        const int64_t row = i / groups * plan.chunk;
+        const int64_t row_end = std::min(row + plan.chunk, p.rows);
+        if (copied != row) copy_rows(p, plan, row, row_end, scratch.x);
+        copied = row;
+        const int64_t first = i % groups * plan.panels;
+        const auto count_of = [&](int64_t panel) {
+          return std::clamp<int64_t>(count - panel, 0, plan.panels);
+        };
+        const Group group{weights + first * plan.panel(), (from + first) * plan.width,
+                          count_of(first)};
+        const int64_t coming = first + plan.panels;
+        const Ahead ahead(plan, weights + coming * plan.panel(), count_of(coming));
+        compute(p, plan, group, ahead, row, row_end, scratch.x, tiles, scratch.sums);
+      }
+    });
+  }
+}
+
 }  // namespace
 
 void linear_cpu(const LinearParams& p) {
   const Plan plan(p);
-  const auto memory = make_lines(plan.packed * plan.panel());
-  float* const weights = memory[0].values;
   // Small products stay on one thread.
   constexpr int64_t kOperations = 1 << 20;
-  constexpr int64_t kElements = 1 << 16;
-  for (int64_t from = 0; from < plan.all_panels; from += plan.packed) {
-    const Packed packed{weights, from * plan.width, std::min(plan.packed, plan.all_panels - from)};
-    parallel_for(0, packed.count, kElements / (plan.depth * kColumns) + 1,
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t i = begin; i < end; ++i) {
-                     pack_panel(p, plan, packed.column + i * plan.width, weights + i * plan.panel());
-                   }
-                 });
-    const int64_t groups = pieces(packed.count, plan.panels);
-    const int64_t each = std::min(p.rows, plan.chunk) * plan.panels * kColumns * plan.depth;
-    SharedIndices::run(
-        groups * plan.chunks, kOperations / std::max<int64_t>(1, each), [&](const auto& next) {
-          const int64_t sums_size = (2 + plan.blocks() * plan.panels) * kBlockSums;
-          const auto own = make_lines(sums_size + plan.chunk * plan.row / 2);
-          float* const sums = own[0].values;
-          bfloat16* const x = reinterpret_cast<bfloat16*>(sums + sums_size);
-          Tiles tiles;
-          int64_t copied = -1;
-          for (int64_t i = next(); i >= 0; i = next()) {
-            const int64_t row = i / groups * plan.chunk;
-            const int64_t row_end = std::min(row + plan.chunk, p.rows);
-            if (copied != row) copy_rows(p, plan, row, row_end, x);
-            copied = row;
-            compute(p, plan, packed, i % groups * plan.panels, row, row_end, x, tiles, sums);
-          }
-        });
-  }
+  const int64_t each = std::min(p.rows, plan.chunk) * plan.panels * kColumns * plan.depth;
+  const int64_t grain = kOperations / std::max<int64_t>(1, each);
+  const auto multiply = plan.chunks == 1 ? multiply_chunk : multiply_chunks;
+  multiply(p, plan, grain);
 }
 
 }  // namespace ACCELRT_ISA
