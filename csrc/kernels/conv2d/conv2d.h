@@ -7,7 +7,9 @@
 // out overlaps no input. Sums are in float32 and rounded once, after the bias.
 // Memory beside, per thread: a tile of x in float32 with its halo, kConv2dTileBytes at most (unless
 // that of a single output pixel is larger), and below 640 KiB whatever the weight: a panel of it,
-// the sums that wait between panels, some pixels past the tile.
+// the sums that wait between panels, some pixels past the tile. With tile registers, for bfloat16:
+// copies of a tile, twice kConv2dTileBytes at most, below 512 KiB of sums, and packed weights,
+// kConv2dPackBytes at most (unless a panel of 32 output channels is larger), which the threads share.
 #pragma once
 
 #include "accelrt/cpu_isa.h"
@@ -16,8 +18,6 @@
 namespace accelrt {
 
 constexpr int64_t kConv2dTileBytes = int64_t{3} << 20;
-// Of packed weights at a time, which the threads share (unless a panel of them is larger): on the
-// tile registers of AMX alone.
 constexpr int64_t kConv2dPackBytes = int64_t{16} << 20;
 
 struct Conv2dParams {

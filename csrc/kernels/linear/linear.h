@@ -5,10 +5,10 @@
 // out overlaps no input. Sums are in float32 and rounded once, after the epilogue.
 // Memory beside, on the CPU: a panel of the weights per thread, 32 rows of K (twice the size of
 // bfloat16 where the processor has no products of it, and then 4 MiB of the rows of x, or twelve of
-// them). With tile registers packed weights, kLinearPackBytes at most (unless a panel of 32 rows is
-// larger), which the threads share, and per thread 1.25 MiB of the rows of x, or 512 of them, some
-// panels, and below 512 KiB of sums. On CUDA none; linear_cuda_takes says what its kernel
-// computes, a library has the rest.
+// them). With tile registers the threads share either the rows of x, up to kLinearRowsBytes, or
+// packed weights, kLinearPackBytes at most (unless a panel of 32 rows is larger); each has some
+// panels or 1.25 MiB of the rows of x (256 of them at least), and below 512 KiB of sums. On CUDA
+// none; linear_cuda_takes says what its kernel computes, a library has the rest.
 #pragma once
 
 #include "accelrt/cpu_isa.h"
@@ -16,6 +16,7 @@
 
 namespace accelrt {
 
+constexpr int64_t kLinearRowsBytes = int64_t{8} << 20;
 constexpr int64_t kLinearPackBytes = int64_t{16} << 20;
 
 enum class LinearEpilogue : int {

@@ -8,9 +8,10 @@
 // memory between two parts. The parts depend on K alone: results depend neither on the panels
 // that go together nor on the threads.
 //
-// With one chunk of rows a thread packs panels as it needs them. With several the weights are packed
-// once for all, as many of them at a time as kLinearPackBytes take; the threads share them. A chunk of the rows of x is copied once for all its panels: rows as they
-// lie are often a power of two apart and crowd each other out of the cache.
+// Rows that take up to kLinearRowsBytes are copied at first, and a thread packs panels as it needs
+// them. With more rows the weights are packed first, as many of them at a time as kLinearPackBytes
+// take, and a thread copies a chunk of the rows for all its panels. Rows as they lie are often a
+// power of two apart and crowd each other out of the cache.
 #include <algorithm>
 #include <cstring>
 
@@ -58,15 +59,18 @@ struct Plan {
     chunk = round_up(pieces(p.rows, chunks), kTileRows);
     chunks = pieces(p.rows, chunk);
     packed = std::clamp<int64_t>(kLinearPackBytes / (panel() * 4), 1, all_panels);
+    by_panels = copied_words() * 4 <= kLinearRowsBytes;
     // Enough pieces for the threads to share, whatever their number; fewer where every one of them
-    // reads the chunk from afar.
-    const int64_t enough = chunk > fit ? 8 : 24;
+    // reads the rows from afar.
+    const int64_t enough = by_panels && p.rows > fit ? 8 : 24;
     constexpr int64_t kPanels = 8;
     panels = std::clamp<int64_t>(kSumsBytes / (blocks() * kBlockSums * 4), 1, kPanels);
-    while (panels > 1 && pieces(packed, panels) * chunks < enough) --panels;
+    const int64_t times = by_panels ? 1 : chunks;
+    while (panels > 1 && pieces(by_panels ? all_panels : packed, panels) * times < enough) --panels;
   }
   int64_t panel() const { return depth / 2 * kBlockColumns; }  // words
   int64_t blocks() const { return pieces(chunk, kBlockRows); }
+  int64_t copied_words() const { return chunks * chunk * row / 2; }
   int64_t width;       // columns of a panel
   int64_t all_panels;  // of the weights
   int64_t depth;       // K in whole tiles
@@ -75,6 +79,7 @@ struct Plan {
   int64_t row;         // elements between copied rows of x, an odd number of lines
   int64_t chunk;       // rows
   int64_t chunks;
+  bool by_panels;  // or by rows
   int64_t packed;  // panels at a time
   int64_t panels;  // of a piece
 };
@@ -216,9 +221,11 @@ class Ahead {
 };
 
 // The rows [begin, end) of x, copied, with a group of panels. A block is finished while the tiles
-// multiply the next one. sums: [2] blocks that are done, then those that wait.
+// multiply the next one; this is one of `turns` with these panels. sums: [2] blocks that are done,
+// then those that wait.
 void compute(const LinearParams& p, const Plan& plan, const Group& group, const Ahead& ahead,
-             int64_t begin, int64_t end, const bfloat16* x, Tiles& tiles, float* sums) {
+             int64_t turn, int64_t turns, int64_t begin, int64_t end, const bfloat16* x, Tiles& tiles,
+             float* sums) {
   float* const done = sums;
   sums += 2 * kBlockSums;
   const int64_t blocks = pieces(end - begin, kBlockRows);
@@ -235,7 +242,8 @@ void compute(const LinearParams& p, const Plan& plan, const Group& group, const 
       const char* upper = reinterpret_cast<const char*>(x + row * plan.row + from);
       const char* lower = upper + kTileRows * plan.row * kElement;
       for (int64_t i = 0; i < group.count; ++i, ++step) {
-        ahead.step(step, plan.parts * blocks * group.count);
+        const int64_t all = plan.parts * blocks * group.count;
+        ahead.step(turn * all + step, turns * all);
         const float* panel = group.panels + i * plan.panel() + from / 2 * kBlockColumns;
         float* const waiting = sums + (b * plan.panels + i) * kBlockSums;
         float* const target = last ? done + step % 2 * kBlockSums : waiting;
@@ -257,46 +265,55 @@ void compute(const LinearParams& p, const Plan& plan, const Group& group, const 
   finish_block(p, plan.width, before);
 }
 
-// Memory of a thread: sums, and a copied chunk of x.
+// Memory of a thread: sums, and `words` more.
 struct Scratch {
-  explicit Scratch(const Plan& plan, int64_t panels = 0) {
+  Scratch(const Plan& plan, int64_t words) {
     const int64_t sums_size = (2 + plan.blocks() * plan.panels) * kBlockSums;
-    lines = make_lines(sums_size + plan.chunk * plan.row / 2 + panels * plan.panel());
+    lines = make_lines(sums_size + words);
     sums = lines[0].values;
-    x = reinterpret_cast<bfloat16*>(sums + sums_size);
-    weights = sums + sums_size + plan.chunk * plan.row / 2;
+    rest = sums + sums_size;
   }
   std::unique_ptr<Line[]> lines;
   float* sums;
-  bfloat16* x;
-  float* weights;
+  float* rest;
 };
 
-// One chunk: a thread packs the panels that it needs, and fetches the weights of its next ones while
-// it multiplies.
-void multiply_chunk(const LinearParams& p, const Plan& plan, int64_t grain) {
+// All rows are copied first; a thread packs the panels that it needs, and fetches the weights of its
+// next ones while it multiplies.
+void multiply_by_panels(const LinearParams& p, const Plan& plan, int64_t grain) {
+  const auto memory = make_lines(plan.copied_words());
+  bfloat16* const x = reinterpret_cast<bfloat16*>(memory[0].values);
+  constexpr int64_t kElements = 1 << 17;
+  parallel_for(0, pieces(p.rows, kBlockRows), kElements / (kBlockRows * plan.depth) + 1,
+               [&](int64_t begin, int64_t end) {
+                 const int64_t row = begin * kBlockRows;
+                 copy_rows(p, plan, row, std::min(end * kBlockRows, p.rows), x + row * plan.row);
+               });
   const int64_t groups = pieces(plan.all_panels, plan.panels);
   SharedIndices::run(groups, grain, [&](const auto& next) {
-    const Scratch scratch(plan, plan.panels);
+    const Scratch scratch(plan, plan.panels * plan.panel());
     Tiles tiles;
-    copy_rows(p, plan, 0, p.rows, scratch.x);
     for (int64_t i = next(); i >= 0; i = next()) {
       const auto count_of = [&](int64_t index) {
         return std::clamp<int64_t>(plan.all_panels - index * plan.panels, 0, plan.panels);
       };
       const int64_t column = i * plan.panels * plan.width;
-      const Group group{scratch.weights, column, count_of(i)};
+      const Group group{scratch.rest, column, count_of(i)};
       for (int64_t k = 0; k < group.count; ++k) {
-        pack_panel(p, plan, column + k * plan.width, scratch.weights + k * plan.panel());
+        pack_panel(p, plan, column + k * plan.width, scratch.rest + k * plan.panel());
       }
       const Ahead ahead(p, plan, column + plan.panels * plan.width, count_of(i + 1));
-      compute(p, plan, group, ahead, 0, p.rows, scratch.x, tiles, scratch.sums);
+      for (int64_t c = 0; c < plan.chunks; ++c) {
+        const int64_t row = c * plan.chunk;
+        compute(p, plan, group, ahead, c, plan.chunks, row, std::min(row + plan.chunk, p.rows),
+                x + row * plan.row, tiles, scratch.sums);
+      }
     }
   });
 }
 
-// Several: the weights are packed for all of them, plan.packed panels at a time.
-void multiply_chunks(const LinearParams& p, const Plan& plan, int64_t grain) {
+// The weights are packed first, plan.packed panels at a time; a thread copies a chunk of the rows.
+void multiply_by_rows(const LinearParams& p, const Plan& plan, int64_t grain) {
   const auto memory = make_lines(plan.packed * plan.panel());
   float* const weights = memory[0].values;
   constexpr int64_t kElements = 1 << 16;
@@ -310,13 +327,14 @@ void multiply_chunks(const LinearParams& p, const Plan& plan, int64_t grain) {
                  });
     const int64_t groups = pieces(count, plan.panels);
     SharedIndices::run(groups * plan.chunks, grain, [&](const auto& next) {
-      const Scratch scratch(plan);
+      const Scratch scratch(plan, plan.chunk * plan.row / 2);
+      bfloat16* const x = reinterpret_cast<bfloat16*>(scratch.rest);
       Tiles tiles;
       int64_t copied = -1;
       for (int64_t i = next(); i >= 0; i = next()) {
         const int64_t row = i / groups * plan.chunk;
         const int64_t row_end = std::min(row + plan.chunk, p.rows);
-        if (copied != row) copy_rows(p, plan, row, row_end, scratch.x);
+        if (copied != row) copy_rows(p, plan, row, row_end, x);
         copied = row;
         const int64_t first = i % groups * plan.panels;
         const auto count_of = [&](int64_t panel) {
@@ -326,7 +344,7 @@ void multiply_chunks(const LinearParams& p, const Plan& plan, int64_t grain) {
                           count_of(first)};
         const int64_t coming = first + plan.panels;
         const Ahead ahead(plan, weights + coming * plan.panel(), count_of(coming));
-        compute(p, plan, group, ahead, row, row_end, scratch.x, tiles, scratch.sums);
+        compute(p, plan, group, ahead, 0, 1, row, row_end, x, tiles, scratch.sums);
       }
     });
   }
@@ -340,7 +358,7 @@ void linear_cpu(const LinearParams& p) {
   constexpr int64_t kOperations = 1 << 20;
   const int64_t each = std::min(p.rows, plan.chunk) * plan.panels * kColumns * plan.depth;
   const int64_t grain = kOperations / std::max<int64_t>(1, each);
-  const auto multiply = plan.chunks == 1 ? multiply_chunk : multiply_chunks;
+  const auto multiply = plan.by_panels ? multiply_by_panels : multiply_by_rows;
   multiply(p, plan, grain);
 }
 
