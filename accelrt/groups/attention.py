@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from accelrt import ops
 
 from .products import attention, project
 from .recognise import is_inactive_dropout, is_plain, is_plain_linear, is_row_wise
+from .spare import Spare
 
 MAX_FRAMES = 64
 MAX_HEAD_DIM = 256
@@ -68,14 +70,30 @@ def mix(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
     return attention(q, k, v, mask, scale=scale, overwrite=is_plain_linear(attn.to_q))
 
 
-def attend(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of ``[n, S, C]`` with ``[n, L, C]``, and ``to_out``."""
-    return project(attn.to_out[0], mix(attn, q, k, v, mask))
+def attend(
+    attn: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    spare: Spare | None = None,
+) -> Tensor:
+    """Attention of ``[n, S, C]`` with ``[n, L, C]``, and ``to_out``, which may go to ``spare``."""
+    return project(attn.to_out[0], mix(attn, q, k, v, mask), spare=spare)
 
 
-def self_attention(attn: Any, x: Tensor) -> Tensor:
-    """Self-attention of tokens ``[n, S, C]``."""
-    return attend(attn, *(project(layer, x) for layer in (attn.to_q, attn.to_k, attn.to_v)))
+def self_attention(attn: Any, x: Tensor, spares: Sequence[Spare] = ()) -> Tensor:
+    """Self-attention of tokens ``[n, S, C]``.
+
+    Args:
+        attn: a recognised attention layer.
+        x: the tokens.
+        spares: where products go: the output, which may be over ``x``, queries, keys, values.
+    """
+    out, *parts = spares or (None,) * 4
+    layers = (attn.to_q, attn.to_k, attn.to_v)
+    q, k, v = (project(layer, x, spare=spare) for layer, spare in zip(layers, parts, strict=True))
+    return attend(attn, q, k, v, spare=out)
 
 
 class CrossAttention:

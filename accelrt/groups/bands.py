@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from accelrt import ops
 from accelrt.config import Config
 
-from .convolve import conv2d, convolve
+from .convolve import conv2d, convolve, serves
 from .norms import GroupNormAct
 from .recognise import has_plain_weights, is_plain, is_pointwise_conv, is_silu, plain_norm
 from .slicing import slice_length, starts
+from .spare import Spare
 from .state import empty_images, nhwc
 
 # With fewer rows the second band of a chain of three convolutions would not be like all others.
@@ -130,12 +131,23 @@ class ConvRows:
         like: gives dtype and device.
         width: of the image.
         rows: the most that are given at once.
+
+    Attributes:
+        spare: where the output goes that is to go nowhere else; a tensor of its own with
+            ``None``, or if the library's convolution makes it.
     """
 
     def __init__(self, conv: Any, like: Tensor, width: int, rows: int) -> None:
         self.conv = conv
         self.buffer = RowBuffer(like, conv.in_channels, width, rows + 3)  # and two, and padding
+        self.spare: Spare | None = None
         self.rewind()
+
+    @property
+    def most(self) -> int:
+        """Elements of the largest band that is emitted."""
+        _, _, rows, width = self.buffer.rows.shape
+        return int(self.conv.out_channels * (rows - 2) * width)
 
     def rewind(self) -> None:
         """Begin an image: the row above it is padding."""
@@ -146,17 +158,20 @@ class ConvRows:
         """Where the next ``count`` rows of the input go."""
         return self.buffer.window(count)
 
-    def emit(self, last: bool) -> Tensor:
+    def emit(self, last: bool, out: Tensor | None = None) -> Tensor:
         """The output rows that the input so far allows, ``[1, C', *, W]``.
 
         Args:
             last: the image ends here: the row below it is padding.
+            out: where they go, channels-last; ``None``: valid until the next band.
         """
         buffer, conv = self.buffer, self.conv
         if last:
             buffer.window(1).zero_()
         rows = buffer.rows[:, :, : buffer.filled]
-        y = conv2d(rows, conv.weight, conv.bias, padding=(0, 1), groups=conv.groups)
+        if out is None and self.spare is not None and serves(rows, conv.weight, conv.groups):
+            out = self.spare.images(1, conv.out_channels, rows.shape[2] - 2, rows.shape[3])
+        y = conv2d(rows, conv.weight, conv.bias, padding=(0, 1), groups=conv.groups, out=out)
         if not last:
             buffer.drop(buffer.filled - 2)
         return y
@@ -186,8 +201,11 @@ class NearestRows:
         self.source = nhwc(image)[0]
         self.conv.rewind()
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Enter the rows ``start`` to ``stop`` of the enlarged image; what is emitted then."""
+    def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Enter the rows ``start`` to ``stop`` of the enlarged image; what is emitted then.
+
+        ``out`` is that of :meth:`ConvRows.emit`.
+        """
         source = self.source
         assert source is not None
         window = nhwc(self.conv.window(stop - start))[0]
@@ -197,7 +215,7 @@ class NearestRows:
         else:
             of_row, of_column = self.index
             window.copy_(source[of_row[start:stop], of_column])
-        return self.conv.emit(stop >= self.height)
+        return self.conv.emit(stop >= self.height, out)
 
 
 def _nearest(length: int, target: int, like: Tensor) -> Tensor:
@@ -275,6 +293,25 @@ class BandedResnet:
         self.norm1, self.norm2 = NormRows(block.norm1), NormRows(block.norm2)
         self.conv1 = ConvRows(block.conv1, like, width, rows + 1)
         self.conv2 = ConvRows(block.conv2, like, width, rows + 1)
+        self._share_spares(like, (rows + 2) * width)
+
+    def _share_spares(self, like: Tensor, pixels: int) -> None:
+        """What one convolution emits is in the next one's rows before that emits.
+
+        Only input and output of the block are there together.
+
+        Args:
+            like: gives dtype and device.
+            pixels: of the largest band.
+        """
+        convs = [self.conv1, self.conv2] + ([] if self.nearest is None else [self.nearest.conv])
+        first = Spare(like, max(conv.most for conv in convs))
+        for conv in convs:
+            conv.spare = first
+        self.joined = Spare(like, self.block.conv1.in_channels * pixels)
+        self.residual = Spare(like, self.conv2.most)
+        if self.nearest is not None and self.block.conv_shortcut is None:
+            self.conv2.spare = self.residual  # the first has the residual
 
     def __call__(
         self,
@@ -334,23 +371,21 @@ class BandedResnet:
         if self.nearest is not None:
             self.nearest.rewind(x)
 
-    def _first_convolution(self, x: Tensor, x2: Tensor | None, start: int, stop: int) -> Tensor:
+    def _first_convolution(
+        self, x: Tensor, x2: Tensor | None, start: int, stop: int, out: Tensor | None = None
+    ) -> Tensor:
         """The rows that it emits when ``start`` to ``stop`` enter."""
         xs, ys = self._read(x, x2, start, stop)
         self.norm1.apply(xs, self.conv1.window(xs.shape[2]), ys)
         del xs, ys
-        return self.conv1.emit(stop >= self.height)
+        return self.conv1.emit(stop >= self.height, out)
 
     def _second_statistics(self, x: Tensor, x2: Tensor | None, hidden: Tensor | None) -> None:
         self._begin(x)
         lag = 1 if self.nearest is None else 2
         for start, stop in self._steps(x):
-            rows = self._first_convolution(x, x2, start, stop)
-            self.norm2.collect(rows)
-            if hidden is not None:
-                a, b = emitted(start, stop, lag, self.height)
-                hidden[:, :, a:b] = rows
-            del rows
+            kept = _rows(hidden, *emitted(start, stop, lag, self.height))
+            self.norm2.collect(self._first_convolution(x, x2, start, stop, kept))
 
     def _output(self, x: Tensor, x2: Tensor | None, out: Tensor, hidden: Tensor | None) -> None:
         block, lag = self.block, 1 if hidden is not None else 2
@@ -369,13 +404,20 @@ class BandedResnet:
                 xs, ys = x[:, :, a:b], _rows(x2, a, b)
             else:  # with the lag of one convolution, as the second
                 xs, ys = self._read(x, x2, start, stop)
-            residual = xs if ys is None else torch.cat([xs, ys], dim=1)
+            residual = xs if ys is None else self._join(xs, ys)
             del xs, ys
             if block.conv_shortcut is not None:
-                residual = convolve(block.conv_shortcut, residual)
+                residual = convolve(block.conv_shortcut, residual, spare=self.residual)
             rows = self.conv2.emit(stop >= self.height)
             ops.residual_blend(nhwc(residual), nhwc(rows), scale=scale, out=nhwc(out[:, :, a:b]))
             del rows, residual
+
+    def _join(self, x: Tensor, x2: Tensor) -> Tensor:
+        """Rows of both sources, joined along the channels."""
+        both = self.joined.images(1, x.shape[1] + x2.shape[1], *x.shape[2:])
+        both[:, : x.shape[1]].copy_(x)
+        both[:, x.shape[1] :].copy_(x2)
+        return both
 
 
 def _rows(x: Tensor | None, start: int, stop: int) -> Tensor | None:
@@ -389,7 +431,7 @@ def enlarge_in_bands(nearest: NearestRows, image: Tensor, out: Tensor, rows: int
     for start in starts(height, rows, image):
         stop = min(start + rows, height)
         a, b = emitted(start, stop, 1, height)
-        out[:, :, a:b] = nearest.read(start, stop)
+        nearest.read(start, stop, out[:, :, a:b])
 
 
 def conv_in_bands(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from accelrt import ops
 
 from .recognise import is_silu, plain_norm
+from .spare import Spare
 from .state import channels_last, tokens
 
 
@@ -38,6 +39,7 @@ class GroupNormAct:
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         overwrite: bool = False,
+        spare: Spare | None = None,
     ) -> Tensor:
         """``act(norm(x | x2 + add) * (1 + scale) + shift)``.
 
@@ -46,12 +48,15 @@ class GroupNormAct:
             x2: ``[n, C2, H, W]`` joined along the channels, or ``None``.
             add, scale, shift: ``[n, C]`` or ``None``.
             overwrite: the result may be written over ``x``.
+            spare: where the result of the fused operator goes, if not there.
         """
         if self.fused:
             norm = self.norm
             assert isinstance(norm, nn.GroupNorm)
             stats = ops.group_norm_stats(x, norm.num_groups, x2=x2, add=add)
             out = x if overwrite and x2 is None else None
+            if out is None and spare is not None:
+                out = spare.images(x.shape[0], norm.num_channels, *x.shape[2:])
             normed = ops.group_norm_apply(
                 x, stats, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, x2=x2,
                 add=add, scale=scale, shift=shift, silu=self.silu, out=out,

@@ -18,6 +18,7 @@ from accelrt.ops.attention import MAX_HEAD_DIM
 
 from .recognise import has_plain_weights, is_plain_linear
 from .slicing import current_probe
+from .spare import Spare
 
 #: Fewer rows do not make up for the panels of weights, which our kernel makes in every call.
 FEWEST_ROWS = 32
@@ -86,10 +87,13 @@ def is_ours(layer: nn.Module, x: Tensor) -> bool:
     )
 
 
-def project(layer: Any, x: Tensor, *, fuse: bool = True) -> Tensor:
-    """``layer(x)`` of a linear layer, for ``[..., K]``; as it came with ``fuse=False``."""
+def project(layer: Any, x: Tensor, *, fuse: bool = True, spare: Spare | None = None) -> Tensor:
+    """``layer(x)`` of a linear layer, for ``[..., K]``; as it came with ``fuse=False``.
+
+    Our kernel writes to ``spare``, if there is one.
+    """
     ours = fuse and is_ours(layer, x)
-    y: Tensor = _own(x, layer.weight, layer.bias) if ours else layer(x)
+    y: Tensor = _own(x, layer.weight, layer.bias, spare) if ours else layer(x)
     return y
 
 
@@ -120,10 +124,11 @@ def linear_into(out: Tensor, x: Tensor, layer: nn.Linear, columns: slice = slice
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _own(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _own(x: Tensor, weight: Tensor, bias: Tensor | None, spare: Spare | None = None) -> Tensor:
     rows = _as_rows(x)
     assert rows is not None
-    return ops.linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    out = None if spare is None else spare.rows(rows.shape[0], weight.shape[0])
+    return ops.linear(rows, weight, bias, out=out).view(*x.shape[:-1], weight.shape[0])
 
 
 def attention(

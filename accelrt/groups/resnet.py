@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -22,13 +22,14 @@ from .bands import (
     upsampler_conv,
 )
 from .base import UNTOUCHED, Group, Status, by_name
-from .convolve import convolve, enlarge
+from .convolve import convolve, enlarge, is_ours
 from .norms import GroupNormAct, unfused_norm
 from .recognise import is_inactive_dropout, is_plain_conv, is_silu
 from .sampling import UpsampleGroup
 from .skips import Skip, whole
 from .slab import FrameSlab, overlap
 from .slicing import independent, slice_length, starts
+from .spare import Spare
 from .state import State, channels_last, empty_images, nhwc, per_image
 
 _FREEU = ("s1", "s2", "b1", "b2")
@@ -189,6 +190,7 @@ class ResnetGroup(Group):
         resample = block.upsample if block.upsample is not None else block.downsample
         scale = 1.0 / block.output_scale_factor
         modulation = self._modulation(state)
+        spares = self._spares(x, plan) if x2 is None else _Spares()
 
         images, n = plan.images, plan.length
         self._measured(plan, n, images, "frames")
@@ -203,24 +205,25 @@ class ResnetGroup(Group):
             xs = x if single else x[start:stop]
             ys = _images(x2, start, stop)
             if before is not None:
-                xs = channels_last(enlarge(before.module, xs, plan.size, fuse=fuse))
+                both = (spares.first, spares.enlarged)
+                xs = channels_last(enlarge(before.module, xs, plan.size, fuse=fuse, spares=both))
                 keep_to_plan()  # a convolution leaves copies of its weights in the heap
-            h = first(xs, ys)
+            h = first(xs, ys, spare=spares.first)
             if resample is not None:
                 h = resample(h)
-            h = convolve(block.conv1, h, fuse=fuse)
+            h = convolve(block.conv1, h, fuse=fuse, spare=spares.second)
             keep_to_plan()
             add, times, shift = (_images(t, start, stop) for t in modulation)
             h = second(h, add=add, scale=times, shift=shift, overwrite=overwrite1)
-            h = convolve(block.conv2, h, fuse=fuse)
+            h = convolve(block.conv2, h, fuse=fuse, spare=spares.first)
             keep_to_plan()
             residual = xs if ys is None else torch.cat([xs, ys], dim=1)
             del xs, ys
             if resample is not None:
                 residual = resample(residual)
             if block.conv_shortcut is not None:
-                residual = convolve(block.conv_shortcut, residual, fuse=fuse)
-            if single:
+                residual = convolve(block.conv_shortcut, residual, fuse=fuse, spare=spares.second)
+            if single and spares.first is None:
                 target = h if overwrite2 else torch.empty_like(h)
                 out = target
             else:
@@ -231,6 +234,25 @@ class ResnetGroup(Group):
             del h, residual, target
         assert out is not None
         return channels_last(out)
+
+    def _spares(self, x: Tensor, plan: _Plan) -> _Spares:
+        """Buffers of the slices, where nothing but our kernels would make tensors."""
+        block: Any = self.module
+        convs = [block.conv1, block.conv2]
+        if block.conv_shortcut is not None:
+            convs.append(block.conv_shortcut)
+        ours = all(is_ours(conv, x) for conv in convs) and not self.unfused()
+        resamples = block.upsample is not None or block.downsample is not None
+        # Two slices at once would need two of each.
+        if not (self.config.fuse and ours) or resamples or self.config.pipeline_slices:
+            return _Spares()
+        pixels = plan.length * plan.height * plan.width
+        widest = max(x.shape[1], plan.channels, block.conv2.out_channels)
+        return _Spares(
+            Spare(x, widest * pixels),
+            Spare(x, max(block.conv1.out_channels, block.conv2.out_channels) * pixels),
+            Spare(x, plan.channels * pixels),
+        )
 
     def _banded(self, state: State, plan: _Plan) -> Tensor:
         """One image at a time, in bands of rows."""
@@ -298,6 +320,18 @@ class ResnetGroup(Group):
             if part is not None:
                 return part
         return empty_images(like, images, channels, height, width)
+
+
+class _Spares(NamedTuple):
+    """Buffers for the slices of a block: ``None`` where every slice makes tensors of its own.
+
+    The steps of the block take the first and the second in turn, from the enlarged input to
+    the second convolution; then the second is free for the shortcut.
+    """
+
+    first: Spare | None = None
+    second: Spare | None = None
+    enlarged: Spare | None = None
 
 
 class _Plan:

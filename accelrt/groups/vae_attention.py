@@ -12,8 +12,10 @@ from accelrt import ops
 
 from .attention import attention_reason, self_attention
 from .base import Group
+from .products import runs_on_cpu
 from .recognise import plain_norm
 from .slicing import independent, slice_length
+from .spare import Spare
 from .state import State, channels_last, tokens
 
 
@@ -60,26 +62,35 @@ class VaeAttentionGroup(Group):
         n = slice_length(images, self.config.frames_per_slice, size, self.config, x.device)
         self.measured(n, images)
         in_place = self.config.inplace and state.writable(x)
+        spares: list[Spare] = []
+        if runs_on_cpu(x) and not self.config.pipeline_slices:
+            widest = max(x.shape[1], attn.inner_dim)
+            spares = [Spare(x, n * widest * height * width) for _ in range(4)]
         if n >= images:
-            y = self._images(x, in_place)
+            y = self._images(x, in_place, spares)
         else:
             whole = x if in_place else torch.empty_like(x)
             for start in independent(images, n, x, self.config, attn):
-                part = self._images(x[start : start + n], in_place)
+                part = self._images(x[start : start + n], in_place, spares)
                 if not in_place or not attn.residual_connection:
                     tokens(whole[start : start + n]).copy_(part)
             y = tokens(whole)
         state.hidden = y.view(images, height, width, -1).permute(0, 3, 1, 2)
 
-    def _images(self, x: Tensor, in_place: bool) -> Tensor:
-        """Some images ``[n, C, H, W]`` as tokens ``[n, H * W, C]``, over ``x`` if it may be."""
+    def _images(self, x: Tensor, in_place: bool, spares: list[Spare]) -> Tensor:
+        """Some images ``[n, C, H, W]`` as tokens ``[n, H * W, C]``, over ``x`` if it may be.
+
+        ``spares`` are for the normed images and the output, for queries, keys and values; all
+        are tensors of their own without.
+        """
         attn: Any = self.module
         norm = attn.group_norm
         stats = ops.group_norm_stats(x, norm.num_groups)
         normed = ops.group_norm_apply(
-            x, stats, norm.num_groups, norm.weight, norm.bias, eps=norm.eps
-        )
-        y = self_attention(attn, tokens(normed))
+            x, stats, norm.num_groups, norm.weight, norm.bias, eps=norm.eps,
+            out=spares[0].images(*x.shape) if spares else None,
+        )  # fmt: skip
+        y = self_attention(attn, tokens(normed), spares)
         scale = 1.0 / attn.rescale_output_factor
         if attn.residual_connection:
             source = tokens(x)

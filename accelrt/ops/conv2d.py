@@ -28,8 +28,8 @@ def conv2d(
 
     On the CPU sums are in float32 and rounded once, after the bias; neither ``x`` nor
     ``weight`` is copied whole, in any dtype: memory beside is some 3.5 MiB a thread, unless
-    one output pixel needs more; for bfloat16 with AMX 6.5 MiB a thread and up to 16 MiB of packed
-    weights. On CUDA the library's convolution runs.
+    one output pixel needs more. With the tile registers of AMX it is up to 7 MiB a thread, and
+    up to 16 MiB of packed weights. On CUDA the library's convolution runs.
 
     A convolution along one axis alone, such as ``(3, 1, 1)`` over the frames of a video, is one
     with a kernel of ``(3, 1)`` over images of a row per frame.

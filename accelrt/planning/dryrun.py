@@ -18,6 +18,8 @@ from accelrt.memory.tracker import PeakTracker
 from .block_cost import block_seconds
 from .cost import Machine, attention_seconds, seconds_of
 
+#: Fewer queries or keys torch's attention on the CPU does not pack.
+FEWEST_PACKED = 64
 #: How finely the memory of a model without groups is drawn.
 OPERATORS_PER_POINT = 8
 
@@ -124,11 +126,21 @@ class MetaKernels(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        packed = self._packed(q, k)
         self.seconds += self.probe.repeats * attention_seconds(q, k, self.rates)
         if q.dim() != 4:
             return q.new_empty((*q.shape[:-1], v.shape[-1]))
         batch, heads, length, _ = q.shape
-        return q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
+        out = q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
+        del packed
+        return out
+
+    def _packed(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """Keys and values once more: torch's CPU kernel reorders 16-bit ones for its products."""
+        reorders = self.rates.device_type == "cpu" and q.element_size() == 2
+        if not reorders or min(q.shape[-2], k.shape[-2]) < FEWEST_PACKED:
+            return None
+        return k.new_empty((2, *k.shape))
 
     def _done(self, name: str, args: tuple[Any, ...], out: Tensor) -> Tensor:
         self.seconds += self.probe.repeats * seconds_of(name, args, out, self.rates)

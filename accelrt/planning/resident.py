@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from accelrt import _C
 from accelrt.groups.convolve import conv_is_ours
 from accelrt.memory.tracker import storage_bytes
 
-#: Of a convolution of ours, per thread: a tile of its input, and a panel with its sums.
-TILE_BYTES = 7 * 2**19
+# What a convolution of ours takes: csrc/kernels/conv2d/conv2d.h, whose kConv2dTileBytes and
+# kConv2dPackBytes these are. Each thread has a tile of the input and what waits beside it; with
+# tile registers (conv2d_tiles.cpp) a tile is up to twice as large, and the threads share packed
+# weights, in panels of so many output channels.
+TILE_BYTES = 3 * 2**20
+BESIDE_TILE_BYTES = 640 * 2**10
+PACK_BYTES = 16 * 2**20
+PANEL_CHANNELS = 32
+TILE_ISAS = ("amx", "amx_emulated")
 
 
 def free_bytes(device: torch.device) -> int:
@@ -32,8 +41,8 @@ def workspace_bytes(model: nn.Module, device: torch.device, budget_bytes: int = 
     On the CPU oneDNN holds the weights of the running product a second time, in its own
     order. Those of a convolution torch has copied to channels last before, and as much again
     may lie free in the heap until a run looks at it; our convolution has a tile per thread
-    instead. One part in a hundred of the budget is left to the heap, which does not return
-    every page that is free.
+    instead, and with tile registers some packed weights. One part in a hundred of the budget
+    is left to the heap, which does not return every page that is free.
     """
     if device.type == "cuda":
         return 0  # in the device's own pools, which torch reserves once
@@ -46,7 +55,23 @@ def _taken_bytes(weight: Tensor) -> int:
     size = weight.numel() * weight.element_size()
     if weight.dim() <= 2:
         return size
-    return torch.get_num_threads() * TILE_BYTES if conv_is_ours(weight.dtype) else 4 * size
+    if not conv_is_ours(weight.dtype):
+        return 4 * size
+    tile, packed = TILE_BYTES + BESIDE_TILE_BYTES, 0
+    if weight.dtype == torch.bfloat16 and _C.active_isa() in TILE_ISAS:
+        tile, packed = 2 * TILE_BYTES + 2 * BESIDE_TILE_BYTES, _packed_bytes(weight)
+    return torch.get_num_threads() * tile + packed
+
+
+def _packed_bytes(weight: Tensor) -> int:
+    """Of the packed weights ``[O, C, *]`` that are there at a time: in whole panels, at least one.
+
+    The input channels of a panel are padded to as many as a tile takes, which are 32 too.
+    """
+    outputs, inputs, *kernel = weight.shape
+    panels, depth = -(-outputs // PANEL_CHANNELS), -(-inputs // PANEL_CHANNELS) * PANEL_CHANNELS
+    panel = prod(kernel) * depth * PANEL_CHANNELS * weight.element_size()
+    return max(1, min(PACK_BYTES // panel, panels)) * panel
 
 
 def resident_bytes(

@@ -185,7 +185,12 @@ def kept_bytes(run: DryRun) -> int:
 
 def loosest(run: DryRun) -> int:
     """A limit in bytes within which :func:`search` finds the options of ``run``."""
-    return kept_bytes(run) + max(group.scratch_bytes for group in run.groups.values())
+    return kept_bytes(run) + _scratch_bytes(run)
+
+
+def _scratch_bytes(run: DryRun) -> int:
+    """What its groups make and free outside of the arena, at its worst."""
+    return max(group.scratch_bytes for group in run.groups.values())
 
 
 def _tightest(model: Model) -> list[Option]:
@@ -214,7 +219,8 @@ def _within(model: Model, setting: Setting, limit: int) -> Found | None:
     """For every group, the fastest option that fits; ``None`` if one has none.
 
     What is kept and what is scratch share the limit, and an option that keeps less may
-    need more scratch: every division that one of the options suggests is tried.
+    need more scratch: every division that one of the options suggests is tried, by what it
+    keeps and by the scratch that it needs.
     """
     fastest = model.run(setting, model.fastest)
     if any(group.entry_bytes > limit for group in fastest.groups.values()):
@@ -223,7 +229,9 @@ def _within(model: Model, setting: Setting, limit: int) -> Found | None:
     if best is not None:
         return best
     tight = [model.run(setting, option) for option in _tightest(model)[1:]]
-    for kept in sorted(set(map(kept_bytes, tight)) - {kept_bytes(fastest)}):
+    divisions = set(map(kept_bytes, tight))
+    divisions.update(limit - _scratch_bytes(run) for run in (fastest, *tight))
+    for kept in sorted(divisions - {kept_bytes(fastest)}):
         found = _divided(model, setting, limit, kept)
         if found is not None and (best is None or found.seconds < best.seconds):
             best = found
