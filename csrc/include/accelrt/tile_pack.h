@@ -23,7 +23,7 @@ inline VUInt join(VUInt a, bool a_high, VUInt b, bool b_high) {
 // in a panel. words: [taps][16].
 template <typename To>
 void pack_tiles(const bfloat16* weight, int64_t row, int64_t rows, int64_t taps, int64_t left,
-                   VUInt* words, const To& to) {
+                VUInt* words, const To& to) {
   const int64_t count = std::min<int64_t>(left, kTileDepth) * taps;
   for (int64_t at = 0; at < taps * kTileDepth; at += kTileDepth) {
     VFloat block[kLanes];

@@ -9,7 +9,8 @@
 // that of a single output pixel is larger), and below 640 KiB whatever the weight: a panel of it,
 // the sums that wait between panels, some pixels past the tile. With tile registers, for bfloat16:
 // copies of a tile, twice kConv2dTileBytes at most, below 512 KiB of sums, and packed weights,
-// kConv2dPackBytes at most (unless a panel of 32 output channels is larger), which the threads share.
+// kConv2dPackBytes at most (unless a panel of 32 output channels is larger), which the threads
+// share.
 #pragma once
 
 #include "accelrt/cpu_isa.h"

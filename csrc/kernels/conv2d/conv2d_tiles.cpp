@@ -4,9 +4,9 @@
 //
 // A left operand is 16 output pixels of 32 channels, a constant stride apart. They lie so in the
 // copy where 16 of them fit a row of the tile; where they do not, the same pixel of several images
-// lies together, and 16 fit into the rows of all of these. Elsewhere each column of the kernel has a
-// copy of its own, without a halo at the sides (and each row too where rows are skipped), in which
-// the pixels of a whole image follow each other.
+// lies together, and 16 fit into the rows of all of these. Elsewhere each column of the kernel has
+// a copy of its own, without a halo at the sides (and each row too where rows are skipped), in
+// which the pixels of a whole image follow each other.
 //
 // The weights are packed once for all tiles, as many output channels at a time as kPackBytes take;
 // the threads share them. K is cut into parts as in linear_tiles.cpp; sums wait in memory between
@@ -29,7 +29,7 @@ namespace {
 using linear_parts::make_lines;
 using linear_parts::round_up;
 
-constexpr int64_t kPart = 384;  // along K, at most: 24 KiB of a panel
+constexpr int64_t kPart = 384;                // along K, at most: 24 KiB of a panel
 constexpr int64_t kPixels = 22 * kBlockRows;  // of a tile, at most
 constexpr int64_t kMaxColumns = 256;
 constexpr int64_t kPanels = 4;  // that share the pixels that were just read
@@ -48,10 +48,10 @@ struct Tiling {
   int64_t row_copies, column_copies;  // 1, or one per row or column of the kernel
   int64_t step_y, step_x;             // pixels of x from one of a copy to the next
   int64_t in_rows, in_columns;
-  int64_t pixel;       // elements between pixels
-  int64_t next;        // between the output pixels of a run
-  int64_t next_row;    // between output rows
-  int64_t tap_row;     // between rows and columns of the kernel
+  int64_t pixel;     // elements between pixels
+  int64_t next;      // between the output pixels of a run
+  int64_t next_row;  // between output rows
+  int64_t tap_row;   // between rows and columns of the kernel
   int64_t tap_column;
   bool follows;  // the rows of an image follow each other without a gap
   int64_t line() const { return in_columns * together * pixel; }
@@ -197,13 +197,11 @@ void copy_pixel(const bfloat16* from, int64_t channels, int64_t padded, bfloat16
 void gather(const Conv2dParams& p, const Tiling& t, const Depth& d, const Patch& patch,
             bfloat16* target) {
   for (int64_t copy = 0; copy < t.row_copies * t.column_copies; ++copy, target += t.copy()) {
-    const int64_t first_row =
-        patch.row * p.stride_height - p.padding_top + copy / t.column_copies;
+    const int64_t first_row = patch.row * p.stride_height - p.padding_top + copy / t.column_copies;
     const int64_t first_column =
         patch.column * p.stride_width - p.padding_left + copy % t.column_copies;
     for (int64_t i = 0; i < patch.images; ++i) {
-      const bfloat16* image =
-          static_cast<const bfloat16*>(p.x) + (patch.image + i) * p.x_stride[0];
+      const bfloat16* image = static_cast<const bfloat16*>(p.x) + (patch.image + i) * p.x_stride[0];
       bfloat16* to = target + i / t.together * t.image_group() + i % t.together * t.pixel;
       for (int64_t r = 0; r < t.in_rows; ++r, to += t.line()) {
         const int64_t row = first_row + r * t.step_y;
@@ -240,7 +238,7 @@ void pack(const Conv2dParams& p, const Depth& d, int64_t first, VUInt* words, fl
         }
         for (int64_t tap = 0; tap < d.taps; ++tap) {
           pack_tiles(weight + tap * p.channels + c, row, rows, 1, left, words,
-                        [&](int64_t) { return to(tap); });
+                     [&](int64_t) { return to(tap); });
         }
       }
     }
@@ -301,8 +299,8 @@ void multiply(Tiles& tiles, const Conv2dParams& p, const Tiling& t, const Part& 
   const int64_t stride = t.next * static_cast<int64_t>(sizeof(bfloat16));
   const int64_t steps = part.count / kTileDepth;
   for (int64_t tap = part.tap; tap < part.tap_end; ++tap) {
-    const int64_t at = tap / p.kernel_width * t.tap_row + tap % p.kernel_width * t.tap_column +
-                       part.from;
+    const int64_t at =
+        tap / p.kernel_width * t.tap_row + tap % p.kernel_width * t.tap_column + part.from;
     add_to_block<kRowTiles>(tiles, reinterpret_cast<const char*>(upper + at),
                             reinterpret_cast<const char*>(lower + at), stride, panel, steps);
     panel += part.count / 2 * kBlockColumns;
@@ -311,8 +309,8 @@ void multiply(Tiles& tiles, const Conv2dParams& p, const Tiling& t, const Part& 
 }
 
 // The sums of a run and the panel of the output channels from `first`, rounded.
-void finish(const Conv2dParams& p, const Tiling& t, const Patch& patch, const Run& run, int64_t first,
-            const float* sums) {
+void finish(const Conv2dParams& p, const Tiling& t, const Patch& patch, const Run& run,
+            int64_t first, const float* sums) {
   const int lanes[2] = {
       static_cast<int>(std::min<int64_t>(kLanes, p.out_channels - first)),
       static_cast<int>(std::clamp<int64_t>(p.out_channels - first - kLanes, 0, kLanes))};
@@ -332,8 +330,8 @@ void finish(const Conv2dParams& p, const Tiling& t, const Patch& patch, const Ru
   const bool whole = lanes[1] == kLanes;
   for (int64_t i = 0; i < run.count; ++i, sums += kBlockColumns) {
     if (image < present) {
-      bfloat16* to = out + image * p.out_stride[0] + row * p.out_stride[1] +
-                     column * p.out_stride[2];
+      bfloat16* to =
+          out + image * p.out_stride[0] + row * p.out_stride[1] + column * p.out_stride[2];
       const Vec a = Vec(load(sums)) + shift[0];
       const Vec b = Vec(load(sums + kLanes)) + shift[1];
       if (whole) {
@@ -441,7 +439,7 @@ void conv2d_cpu(const Conv2dParams& given) {
               const int64_t ahead = group + k + (last ? panels : 0);
               if (ahead < count) {
                 prefetch_lines(weights + ahead * d.panel() + coming.offset, b * lines / blocks,
-                         (b + 1) * lines / blocks);
+                               (b + 1) * lines / blocks);
               }
               float* const waiting = sums + (2 + b * panels + k) * kBlockSums;
               float* const target = last ? sums + (b * here + k) % 2 * kBlockSums : waiting;

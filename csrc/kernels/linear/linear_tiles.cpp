@@ -92,9 +92,8 @@ void pack_panel(const LinearParams& p, const Plan& plan, int64_t first, float* p
     const int64_t rows = std::clamp<int64_t>(end - begin, 0, kLanes);
     const bfloat16* weight = static_cast<const bfloat16*>(p.weight) + begin * p.weight_stride;
     for (int64_t k = 0; k < plan.depth; k += kTileDepth) {
-      pack_tiles(weight + k, p.weight_stride, rows, 1, p.depth - k, words, [&](int64_t) {
-        return panel + k / 2 * kBlockColumns + v * kLanes;
-      });
+      pack_tiles(weight + k, p.weight_stride, rows, 1, p.depth - k, words,
+                 [&](int64_t) { return panel + k / 2 * kBlockColumns + v * kLanes; });
     }
   }
 }
@@ -224,8 +223,8 @@ class Ahead {
 // multiply the next one; this is one of `turns` with these panels. sums: [2] blocks that are done,
 // then those that wait.
 void compute(const LinearParams& p, const Plan& plan, const Group& group, const Ahead& ahead,
-             int64_t turn, int64_t turns, int64_t begin, int64_t end, const bfloat16* x, Tiles& tiles,
-             float* sums) {
+             int64_t turn, int64_t turns, int64_t begin, int64_t end, const bfloat16* x,
+             Tiles& tiles, float* sums) {
   float* const done = sums;
   sums += 2 * kBlockSums;
   const int64_t blocks = pieces(end - begin, kBlockRows);
@@ -278,8 +277,8 @@ struct Scratch {
   float* rest;
 };
 
-// All rows are copied first; a thread packs the panels that it needs, and fetches the weights of its
-// next ones while it multiplies.
+// All rows are copied first; a thread packs the panels that it needs, and fetches the weights of
+// its next ones while it multiplies.
 void multiply_by_panels(const LinearParams& p, const Plan& plan, int64_t grain) {
   const auto memory = make_lines(plan.copied_words());
   bfloat16* const x = reinterpret_cast<bfloat16*>(memory[0].values);
