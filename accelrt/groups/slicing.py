@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -43,11 +44,15 @@ def slice_length(
     mib = config.slice_mib
     if mib is None:
         mib = default_slice_mib(device)
-    longest = max(1, int(mib * 2**20) // max(1, bytes_per_item))
-    if longest >= total:
-        return total
+    size = max(1, bytes_per_item)
+    longest = max(1, int(mib * 2**20) // size)
     pieces = -(-total // longest)
-    return -(-total // pieces)
+    length = -(-total // pieces)
+    probe: Probe | None = getattr(_local, "probe", None)
+    if probe is not None and device.type == "meta":
+        least = length * size if length > 1 else 0
+        probe.decided(least, -(-total // (pieces - 1)) * size if pieces > 1 else math.inf)
+    return length
 
 
 class Probe:
@@ -59,6 +64,7 @@ class Probe:
     Attributes:
         repeats: how many slices stand behind what runs now.
         left_out_bytes: live beside all of it, had every pass been run.
+        same_from, same_below: bytes between which another ``slice_mib`` makes the same slices.
         ledger: counts slices that would run at once.
     """
 
@@ -66,7 +72,14 @@ class Probe:
         self.device_type = device_type
         self.repeats = 1
         self.left_out_bytes = 0
+        self.same_from: float = 0
+        self.same_below = math.inf
         self.ledger: pipelining.Ledger | None = None
+
+    def decided(self, least: float, below: float) -> None:
+        """A length was chosen that ``slice_mib`` of ``least`` bytes to ``below`` gives too."""
+        self.same_from = max(self.same_from, least)
+        self.same_below = min(self.same_below, below)
 
 
 _local = threading.local()

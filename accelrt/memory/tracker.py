@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -103,24 +103,35 @@ class PeakTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        for leaf in _leaves(args):
-            self._watch(leaf, existed=True)
-        for leaf in _leaves(kwargs.values()):
-            self._watch(leaf, existed=True)
+        return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An operator, and what it read and made.
+
+        Subclasses call it in place of ``super().__torch_dispatch__``, which torch wraps.
+        """
+        self._watch_all(args, existed=True)
+        if kwargs:
+            self._watch_all(kwargs.values(), existed=True)
         result = func(*args, **kwargs)
-        for leaf in _leaves((result,)):
-            self._watch(leaf, existed=False)
-        self._update_peak(str(func))
+        self._watch_all((result,), existed=False)
+        self._update_peak(func)
         return result
 
-    def _update_peak(self, operation: str) -> None:
-        label = self._label or operation
+    def _watch_all(self, values: Iterable[Any], *, existed: bool) -> None:
+        """The tensors among arguments or results of an operator, in lists and tuples too."""
+        for value in values:
+            if isinstance(value, Tensor):
+                self._watch(value, existed=existed)
+            elif isinstance(value, (list, tuple)):
+                self._watch_all(value, existed=existed)
+
+    def _update_peak(self, operation: Any) -> None:
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes = self.live_bytes
-            self.peak_label = label
+            self.peak_label = self._label or str(operation)
         if self.record:
-            self.timeline.append((label, self.live_bytes))
+            self.timeline.append((self._label or str(operation), self.live_bytes))
 
     def created(self, tensor: Tensor) -> None:
         """Count ``tensor``, which was made without an operator; see :func:`note_created`."""
@@ -181,15 +192,6 @@ def weight_bytes(*modules: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers, shared ones once."""
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     return storage_bytes(tensors)
-
-
-def _leaves(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among arguments or results of an operator, in lists and tuples too."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _leaves(value)
 
 
 def _strided_parts(tensor: Tensor) -> tuple[Tensor, ...]:

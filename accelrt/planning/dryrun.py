@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +74,7 @@ class DryRun:
         seconds: the estimate of the forward's time.
         timeline: live bytes at the worst of each group, with its name.
         offsets: of the arena's buffers; ``None`` without one.
+        same_from, same_below: bytes; any ``slice_mib`` from the one to below the other runs so.
     """
 
     groups: dict[str, GroupRun]
@@ -81,6 +83,8 @@ class DryRun:
     seconds: float
     timeline: list[tuple[str, int]] = field(default_factory=list)
     offsets: OffsetPlan | None = None
+    same_from: float = 0
+    same_below: float = math.inf
 
 
 class MetaKernels(TorchFunctionMode):
@@ -225,7 +229,7 @@ class _Recorder(PeakTracker):  # type: ignore[no-untyped-call]
         """Nothing runs beside any more."""
         self.beside = 0
 
-    def _update_peak(self, operation: str) -> None:
+    def _update_peak(self, operation: Any) -> None:
         live, self.live_bytes = self.live_bytes, self.live_bytes + self.beside
         super()._update_peak(operation)
         self.live_bytes = live
@@ -239,8 +243,9 @@ class _Recorder(PeakTracker):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        values = (*args, *(kwargs or {}).values())
+        kwargs = kwargs or {}
+        result = self._run(func, args, kwargs)
+        values = (*args, *kwargs.values())
         name = func._schema.name.partition("::")[2]
         if name == "transformer_block":
             names = (argument.name for argument in func._schema.arguments)
@@ -311,4 +316,6 @@ def dry_run(
         seconds=recorder._total_seconds(),
         timeline=recorder.profile,
         offsets=None if arena is None else arena.recording.plan(alignment_of("cpu")),
+        same_from=probe.same_from,
+        same_below=probe.same_below,
     )

@@ -105,7 +105,7 @@ class Model:
         self.fastest = options(base)[0]
         stages = forward.family.stages(forward.module, base)
         self.skips = any(group.makes_skip for stage in stages for group in stage.groups)
-        self._runs: dict[tuple[Setting, Option], DryRun] = {}
+        self._runs: dict[tuple[Setting, bool, bool], list[DryRun]] = {}
 
     def settings(self, batch: int) -> list[Setting]:
         """:func:`settings` of this model."""
@@ -129,19 +129,25 @@ class Model:
         self, config: Config, group: Group, setting: Setting, option: Option
     ) -> Config:
         again = setting.recompute_skips if group.makes_skip else option.recompute
-        mib = next(m for m in (option.slice_mib, self.base.slice_mib, self.slice_mib) if m)
         return config.override(
             recompute="always" if again else "never",
             bands=option.bands or self.base.bands,
-            slice_mib=mib,
+            slice_mib=self._slice_mib(option),
         )
 
+    def _slice_mib(self, option: Option) -> float:
+        return next(m for m in (option.slice_mib, self.base.slice_mib, self.slice_mib) if m)
+
     def run(self, setting: Setting, option: Option) -> DryRun:
-        """All groups under one option."""
-        key = (setting, option)
-        if key not in self._runs:
-            self._runs[key] = self.together(setting, option)
-        return self._runs[key]
+        """All groups under one option; it runs once for all that make the same slices."""
+        kind = (setting, option.bands or self.base.bands, option.recompute)
+        runs = self._runs.setdefault(kind, [])
+        size = int(self._slice_mib(option) * 2**20)
+        for run in runs:
+            if run.same_from <= size < run.same_below:
+                return run
+        runs.append(self.together(setting, option))
+        return runs[-1]
 
     def together(self, setting: Setting, chosen: dict[str, Option] | Option) -> DryRun:
         """Every group under its own option."""
