@@ -8,8 +8,8 @@
 // a copy of its own, without a halo at the sides (and each row too where rows are skipped), in
 // which the pixels of a whole image follow each other.
 //
-// The weights are packed once for all tiles, as many output channels at a time as kPackBytes take;
-// the threads share them. K is cut into parts as in linear_tiles.cpp; sums wait in memory between
+// The weights are packed once for all tiles, as many output channels at a time as kConv2dPackBytes
+// take; the threads share them. K is cut into parts as in linear_tiles.cpp; sums wait in memory between
 // two parts. The parts depend on the weights' shape alone, and so does every result.
 #include <algorithm>
 #include <cstring>
