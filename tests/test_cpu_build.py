@@ -58,6 +58,6 @@ def test_tile_instructions_are_those_of_the_amx_kernels(instructions):
             found.setdefault(match[1], set()).add(name)
     assert len(found) == 6
     assert all("3amx" in name for names in found.values() for name in names)
-    for op in ("linear", "attention"):
+    for params in ("LinearParams", "Conv2dParams", "AttentionParams"):
         for instruction in ("ldtilecfg", "tilerelease"):
-            assert any(f"{op}_cpu" in name for name in found[instruction])
+            assert any(params in name for name in found[instruction])

@@ -31,7 +31,7 @@ from accelrt.benchmarking.timing import copies_for_cold_cache, interleave, ratio
 from accelrt.benchmarking.tuned import ENVIRONMENT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LEVELS = ("generic", "avx2", "avx512", "avx512bf16")
+LEVELS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
 HELD = {
     "generic": ("default", "SSE41", "SSE4_2"),
     "avx2": ("avx2", "AVX2", "AVX2"),
