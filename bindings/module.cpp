@@ -97,11 +97,11 @@ PYBIND11_MODULE(_C, m) {
       "Who makes products and attention of CUDA tensors (see ACCELRT_CUDA_PRODUCTS).");
   m.def(
       "feed_forward_cache_bytes",
-      [](bool cuda) {
-        return accelrt::feed_forward_cache_bytes(cuda ? accelrt::Device::kCUDA
-                                                      : accelrt::Device::kCPU);
+      [](bool cuda, const std::string& dtype) {
+        return accelrt::feed_forward_cache_bytes(
+            cuda ? accelrt::Device::kCUDA : accelrt::Device::kCPU, dtype_of(dtype));
       },
-      py::arg("cuda"), "Scratch with which hidden activations stay in the cache.");
+      py::arg("cuda"), py::arg("dtype"), "Scratch with which hidden activations stay in the cache.");
   m.def("set_cuda_products", &accelrt::bindings::set_cuda_products, py::arg("name"),
         "Force `torch` or `own` in this process.");
   accelrt::bindings::bind_memory(m);

@@ -35,7 +35,7 @@ def feed_forward_scratch(
         x: ``[M, K]``; its values are not looked at.
         weights: of the layer.
         rows: of a slice; by default as many as keep the hidden activations in the cache: a
-            scratch of half the GPU's L2 cache, of 8 MiB on a CPU (64 with AMX), or all rows if
+            scratch of half the GPU's L2 cache, of 8 MiB on a CPU (64 for bfloat16 with AMX), or all rows if
             they need less.
         add: the result is added to a tensor (``add_to``).
 
@@ -56,15 +56,16 @@ def feed_forward_scratch(
     whole = needed(max(x.shape[0], 1))
     if rows is not None:
         return min(needed(rows), whole) // element
-    cache: int = _cache_bytes(x.device)
+    cache: int = _cache_bytes(x.device, x.dtype)
     return max(min(cache, whole), needed(1)) // element
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _cache_bytes(device: torch.device) -> int:
+def _cache_bytes(device: torch.device, dtype: torch.dtype) -> int:
     cuda = device.type == "cuda"
     with torch.cuda.device(device) if cuda else contextlib.nullcontext():
-        return _C.feed_forward_cache_bytes(cuda)
+        name = "bfloat16" if dtype == torch.bfloat16 else "float32"  # others as this
+        return _C.feed_forward_cache_bytes(cuda, name)
 
 
 def feed_forward(

@@ -133,12 +133,12 @@ int64_t feed_forward_rows(const FeedForwardParams& p, int64_t bytes) {
   return (rows + slices - 1) / slices;
 }
 
-int64_t feed_forward_cache_bytes(Device device) {
+int64_t feed_forward_cache_bytes(Device device, DType dtype) {
   if (device != Device::kCPU) return current_device_info().l2_bytes / 2;
   // The products on tile registers are so fast that every slice's packing of weights counts.
   constexpr int64_t kTiles = 64 << 20;
   constexpr int64_t kCPU = 8 << 20;
-  return active_isa() == Isa::kAMX ? kTiles : kCPU;
+  return dtype == DType::kBFloat16 && active_isa() == Isa::kAMX ? kTiles : kCPU;
 }
 
 void feed_forward(const FeedForwardParams& p, Products& products, Stream stream) {
