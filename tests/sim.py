@@ -38,11 +38,14 @@ def run_simulator(
     device: str = "cuda",
     *,
     without: str | None = None,
+    printed: list[str] | None = None,
     **arguments: int | float | torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
     """Run ``op`` and return every tensor argument as the operator left it.
 
-    ``without``: the place, "file.cuh:line", of a barrier or a wait for copies that is left out.
+    Args:
+        without: the place, "file.cuh:line", of a barrier or a wait for copies that is left out.
+        printed: gets the lines that the program prints.
     """
     environment = dict(os.environ)
     if without is not None:
@@ -77,6 +80,8 @@ def run_simulator(
             raise SimulatorError(
                 f"{binary.name} {op}: exit {done.returncode}\n{done.stderr[-4000:]}"
             )
+        if printed is not None:
+            printed += done.stdout.splitlines()
         data = target.read_bytes()
     results: dict[str, torch.Tensor] = {}
     at = 8

@@ -25,6 +25,7 @@ FAULTS = {
     "a shuffle for a barrier": (7, "tsan", "data race"),
     "tiles for a barrier": (8, "tsan", "data race"),
     "shared memory past its end": (9, "asan", "heap-buffer-overflow"),
+    "a grid without blocks": (10, "asan", "faults: a grid of 0 x 1 x 1 blocks"),
 }
 
 
