@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -118,6 +119,22 @@ def test_another_compiler_or_architecture_is_asked_for_instances_and_spills_alon
     assert ptxas.compare(table, kernels(a={"75": Usage(200)})) == []
     assert len(ptxas.compare(table, kernels(a={"75": Usage(20, 4)}))) == 1
     assert len(ptxas.compare(table, kernels(b={"75": Usage(20)}))) == 2
+
+
+WAITS = re.compile(
+    r"cuda(Malloc|Free|Memcpy|Memset|HostAlloc|HostRegister)\w*|cuda\w*Synchronize"
+)
+MATRIX = re.compile(r"\b(mma\.sync|wgmma|ldmatrix|cp\.async|tcgen05)")
+
+
+def test_launchers_neither_allocate_nor_wait_and_tiles_are_of_one_header():
+    """Results, workspaces and partial sums are the caller's memory."""
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file():
+            text = re.sub(r"//.*", "", path.read_text())
+            assert not WAITS.search(text), path
+            assert path.name == "tile.h" or not MATRIX.search(text), path
+    assert MATRIX.search((ROOT / "csrc" / "include" / "accelrt" / "tile.h").read_text())
 
 
 def test_only_device_code_of_ours_names_torch_nowhere():
