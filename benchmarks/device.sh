@@ -9,7 +9,8 @@
 # OUT/device.md and OUT/device.json hold the ceilings (copy, large product), every operator and
 # its share of them against eager, each backend of SDPA and torch.compile (max-autotune), with
 # torch's products and with our own kernels for them (ACCELRT_CUDA_PRODUCTS), and whole forwards
-# with memory and energy, also with two slices at a time (pipeline_slices) against one. They are written anew after every section; logs lie beside them. A section that runs
+# with memory and energy, also as CUDA graphs, and with two slices at a time (pipeline_slices)
+# against one. They are written anew after every section; logs lie beside them. A section that runs
 # out of its seconds is ended, one for which none are left is left out, and both are said.
 #
 # Variables:
@@ -76,15 +77,15 @@ build() {
     cmake --build "$ACCELRT_BUILD_DIR" --target _C
 }
 
-# What takes the device as a parameter; the simulator is tested on machines without a GPU.
+# What takes the device as a parameter or wants a GPU; the simulator is built and tested on
+# machines without one.
 tests() {
-  local workers=()
+  local workers=() chosen="(cuda or a_gpu) and not simulat and not cuda_source"
   "$python" -c 'import xdist' 2> /dev/null && workers=(-n 4 --dist worksteal)
   "$python" -m pytest tests/test_ops_*.py tests/test_arena.py tests/test_products.py \
-    "${workers[@]}" -k "cuda and not simulat" -rs &&
-    "$python" -m pytest tests/test_pipelining.py "${workers[@]}" -k of_a_gpu -rs &&
-    ACCELRT_CUDA_PRODUCTS=own "$python" -m pytest "${workers[@]}" -k "cuda and not simulat" -rs \
-      tests/test_ops_{attention,linear,block}.py
+    tests/test_graphs.py tests/test_pipelining.py "${workers[@]}" -k "$chosen" -rs &&
+    ACCELRT_CUDA_PRODUCTS=own "$python" -m pytest "${workers[@]}" -k "$chosen" -rs \
+      tests/test_ops_attention.py tests/test_ops_linear.py tests/test_ops_block.py
 }
 
 # Every model at a trial size, wrapped, against the rule on errors.

@@ -44,7 +44,7 @@ def build_simulator(*targets: str) -> Path:
 @pytest.fixture(scope="session")
 def sim_dir() -> Path:
     """The folder of the simulator's binaries."""
-    return build_simulator("accelrt_sim_asan", "accelrt_sim_tsan", "accelrt_sim_no_barrier")
+    return build_simulator("accelrt_sim_asan", "accelrt_sim_tsan")
 
 
 @pytest.fixture(scope="session")

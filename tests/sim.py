@@ -6,6 +6,7 @@ their strides; outputs come back in the same layout.
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 import tempfile
@@ -32,9 +33,25 @@ def _raw(t: torch.Tensor) -> bytes:
 
 
 def run_simulator(
-    binary: Path, op: str, device: str = "cuda", **arguments: int | float | torch.Tensor | None
+    binary: Path,
+    op: str,
+    device: str = "cuda",
+    *,
+    without: str | None = None,
+    printed: list[str] | None = None,
+    **arguments: int | float | torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
-    """Run ``op`` and return every tensor argument as the operator left it."""
+    """Run ``op`` and return every tensor argument as the operator left it.
+
+    Args:
+        without: the place, "file.cuh:line", of a barrier or a wait for copies that is left out.
+        printed: gets the lines that the program prints.
+    """
+    environment = dict(os.environ)
+    if without is not None:
+        # The first report is enough, and without the names that are slow to find.
+        environment["ACCELRT_SIM_WITHOUT"] = without
+        environment["TSAN_OPTIONS"] = "halt_on_error=1:symbolize=0"
     body = b""
     count = 0
     for name, value in arguments.items():
@@ -57,12 +74,14 @@ def run_simulator(
         source.write_bytes(b"ASIM" + struct.pack("<I", count) + body)
         done = subprocess.run(
             [str(binary), op, device, str(source), str(target)],
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=120, env=environment,
         )  # fmt: skip
         if done.returncode != 0 or "WARNING: ThreadSanitizer" in done.stderr:
             raise SimulatorError(
                 f"{binary.name} {op}: exit {done.returncode}\n{done.stderr[-4000:]}"
             )
+        if printed is not None:
+            printed += done.stdout.splitlines()
         data = target.read_bytes()
     results: dict[str, torch.Tensor] = {}
     at = 8

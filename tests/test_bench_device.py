@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -126,9 +128,11 @@ def test_whole_forwards_keep_the_rule(models: dict[str, Any]) -> None:
     (dit,) = models["models"]
     assert models["not_reached"] == models["above_the_bound"] == []
     forms = dit["forms"]
-    assert set(forms) >= {"eager", "accelrt", "accelrt, least memory", "compile"}
+    assert set(forms) >= {
+        "eager", "accelrt", "accelrt, least memory", "accelrt, CUDA graphs", "compile"
+    }  # fmt: skip
     assert forms["accelrt, least memory"]["live_bytes"] < forms["eager"]["live_bytes"]
-    assert forms["compile"]["live_bytes"] is None
+    assert forms["compile"]["live_bytes"] is forms["accelrt, CUDA graphs"]["live_bytes"] is None
     assert [[run["run"] for run in part["times"]] for part in dit["parts"]][1] == [
         "eager", "accelrt, least memory"
     ]  # fmt: skip
@@ -211,6 +215,43 @@ def test_the_script_refuses_a_machine_without_a_gpu(tmp_path: Path) -> None:
     assert done.stderr.endswith("this machine is not fit for it; nothing was built\n")
     assert done.stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+def _chosen(expression: str, name: str) -> bool:
+    """What ``pytest -k`` does."""
+    words = re.sub(r"\b(?!and\b|or\b|not\b)\w+", lambda word: str(word[0] in name), expression)
+    return bool(eval(words))
+
+
+def _tests(path: Path) -> Iterator[tuple[str, bool, bool]]:
+    """Of a file: names of the tests, which want a GPU, which want the simulator."""
+    for node in ast.parse(path.read_text()).body:
+        if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test_"):
+            continue
+        marks = [ast.unparse(mark) for mark in node.decorator_list]
+        on_devices = "all_devices" in marks
+        skips = any("skipif(not torch.cuda.is_available()" in mark for mark in marks)
+        skips |= "skip('no CUDA device')" in ast.unparse(node)
+        fixtures = {argument.arg for argument in node.args.args}
+        simulated = bool(fixtures & {"sim_dir", "launches", "names", "program"})
+        name = f"{path.name}::{node.name}" + ("[cuda]" if on_devices else "")
+        yield name, on_devices or skips, simulated
+
+
+def test_the_script_runs_all_that_wants_a_gpu_and_no_simulator() -> None:
+    script = SCRIPT.read_text()
+    (expression,) = re.findall(r'chosen="(.+)"', script)
+    patterns = set(re.findall(r"(?<= )tests/test_\S+\.py", script))
+    root = SCRIPT.parents[1]
+    files = {path for pattern in patterns for path in root.glob(pattern)}
+    wanted = 0
+    for path in sorted((root / "tests").glob("test_*.py")):
+        for name, on_a_gpu, simulated in _tests(path):
+            runs = path in files and _chosen(expression, name)
+            assert not (on_a_gpu and not runs), f"{name} wants a GPU and is left out"
+            assert not (simulated and runs), f"{name} would build the simulator"
+            wanted += on_a_gpu
+    assert wanted > 30
 
 
 # Stands for a machine with a GPU: what the script starts, and how it deals with what comes back.

@@ -17,6 +17,7 @@ from graphs_common import MODELS, backends, call, dit_inputs, drawn, pair, repor
 from model_zoo import one_thread
 from recording_backend import RecordingBackend
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import accelrt
 from accelrt.steps.graphs import WARMING
@@ -38,6 +39,17 @@ def test_replays_are_the_eager_forward_bit_for_bit(
     assert (found.captures, found.replays, found.eager) == (1, 3, {WARMING: 1})
     assert found.static_bytes > 0
     assert backends[0].events == ["warm-up", "capture", "replay", "replay", "replay"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_of_a_gpu_give_the_bits_of_the_eager_forward(name: str) -> None:
+    build, inputs = MODELS[name]
+    model, eager = (one.to("cuda") for one in pair(build))
+    for draw in range(4):
+        given = tree_map_only(Tensor, lambda t: t.to("cuda"), drawn(inputs(), draw))
+        assert torch.equal(call(model, given), call(eager, given)), draw
+    assert (report(model).captures, report(model).replays) == (1, 3)
 
 
 @pytest.mark.parametrize(

@@ -328,6 +328,15 @@ def test_opcheck(dtype, monkeypatch):
         torch.library.opcheck(torch.ops.accelrt.transformer_block.default, native, test_utils=tests)
 
 
+@all_dtypes
+def test_opcheck_of_keys_made_ahead(dtype):
+    x, weight, bias = (torch.randn(*size).to(dtype) for size in ((5, 24), (16, 24), (16,)))
+    torch.library.opcheck(
+        torch.ops.accelrt.block_projection.default,
+        (x, weight, bias, torch.zeros(5, 16, dtype=dtype)),
+    )
+
+
 @torch.no_grad()
 def test_compiles():
     block = make_block(torch.float32, single=True)

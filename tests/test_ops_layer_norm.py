@@ -310,12 +310,6 @@ def test_simulated_cuda_source(sim_dir, variant, dtype):
     check_residual(simulate(binary, arguments), arguments)
 
 
-def test_simulator_notices_a_missing_barrier(sim_dir):
-    arguments = make((1, 2, 2560), torch.float32)
-    with pytest.raises(AssertionError):
-        check_plain(simulate(sim_dir / "accelrt_sim_no_barrier", arguments)[0], arguments)
-
-
 @all_dtypes
 def test_simulated_cpu_source(sim_dir, dtype):
     for form in RESIDUAL_FORMS.values():

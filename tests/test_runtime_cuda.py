@@ -200,6 +200,59 @@ def test_launchers_hand_over_all_that_a_kernel_needs(launches: Path, dtype: torc
     assert_as_good_as(result, y.permute(2, 0, 1, 3).reshape(1, 9, 2, 48), truth)
 
 
+def arguments_of(rows: int) -> dict[str, dict[str, Any]]:
+    """A call of every operator that has CUDA kernels, on so many rows, samples or images."""
+    x, y, wide = torch.ones(rows, 3, 8), torch.ones(rows, 3, 8), torch.ones(rows, 16).bfloat16()
+    image, frames = torch.ones(rows, 8, 2, 4), torch.ones(rows, 5, 2, 16)
+    heads, weight = torch.ones(rows, 3, 2, 8).bfloat16(), torch.ones(16, 16).bfloat16()
+    stream = torch.ones(rows, 4, 16).bfloat16()
+    layer = {"weight": weight, "rows_per_sample": 1, "epilogue": 0}
+    block = {f"{name}_weight": weight for name in ("q", "k", "v", "out", "ff_in", "ff_out")}
+    groups = {"num_groups": 2, "frames": 1}
+    return {
+        "activation": {"x": x, "kind": 0, "out": x.clone()},
+        "attention": {"q": heads, "k": heads.clone(), "v": heads.clone(), "scale": 1.0,
+                      "out": heads.clone()},
+        "feature_delta": {"a": x, "b": y, "p": 2, "out": torch.zeros(rows)},
+        "feed_forward": {"x": wide, "in_weight": weight, "out_weight": weight, "activation": 1,
+                         "rows": 4, "add": 0, "rows_per_sample": 1, "out": wide.clone()},
+        "gate_residual_layer_norm_modulate": {"x": x, "residual": y, "eps": 1e-5,
+                                              "out": x.clone(), "residual_out": x.clone()},
+        "geglu": {"x": x, "kind": 1, "out": torch.zeros(rows, 3, 4)},
+        "group_norm_apply": {"x": image, "stats": torch.ones(rows, 2, 3), "eps": 1e-5, "silu": 0,
+                             "out": image.clone(), **groups},
+        "group_norm_stats": {"x": image, "accumulate": 0, "out": torch.zeros(rows, 2, 3),
+                             **groups},
+        "guided_step": {"sample": x, "cond": y, "guidance_scale": 1.0, "sample_coef": 1.0,
+                        "eps_coef": 1.0, "history_coef": 0.0, "out": x.clone()},
+        "layer_norm_modulate": {"x": x, "eps": 1e-5, "out": x.clone()},
+        "linear": {"x": wide, "out": wide.clone(), **layer},
+        "residual_blend": {"x": x, "y": y, "scale": 1.0, "out": x.clone()},
+        "temporal_attention": {"q": frames, "k": frames.clone(), "v": frames.clone(),
+                               "num_heads": 2, "scale": 1.0, "out": frames.clone()},
+        "transformer_block": {"stream": stream, "modulation": torch.ones(rows, 6, 16).bfloat16(),
+                              "heads": 2, "scale": 1.0, "heads_per_slice": 0, "activation": 1,
+                              "ff_rows": 0, **block},
+        "weighted_sum": {"features": torch.ones(2, rows, 3, 8), "weights": torch.ones(rows, 2),
+                         "out": x.clone()},
+    }  # fmt: skip
+
+
+NO_KERNELS = {"arena", "conv2d", "kernel_names"}  # conv2d: torch's, on a GPU
+
+
+def test_nothing_is_launched_for_empty_tensors(launches: Path) -> None:
+    """And something for one row. Which operators there are the program says."""
+    usage = subprocess.run([launches], capture_output=True, text=True).stderr
+    known = set(usage.rpartition("operators:")[2].split())
+    assert set(arguments_of(0)) == known - NO_KERNELS
+    for rows in (0, 1):
+        for op, arguments in arguments_of(rows).items():
+            launched: list[str] = []
+            run_simulator(launches, op, printed=launched, **arguments)
+            assert bool(launched) == bool(rows), f"{op}, {rows} rows: {launched}"
+
+
 def test_without_a_launcher(launches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELRT_NO_LAUNCHER", "1")
     x = torch.zeros(2, 8)

@@ -1,9 +1,9 @@
 """Whole forwards on a device: eager, torch.compile, accelrt and what can be set of it.
 
 Run by benchmarks/device.sh. First every model eager and with accelrt, whose products are torch's
-or our own (what ACCELRT_CUDA_PRODUCTS chooses), then within the least memory, then with slices
-that overlap (pipeline_slices) and without, at two sizes of slices, then torch.compile, which takes
-minutes: each part in the order of the models, until the seconds are spent. Forms of
+or our own (what ACCELRT_CUDA_PRODUCTS chooses), then within the least memory, then as a CUDA graph
+and with slices that overlap (pipeline_slices), at two sizes of slices, then torch.compile, which
+takes minutes: each part in the order of the models, until the seconds are spent. Forms of
 one part take turns, each after a large product of its own; weights are shared. The file is written
 after each model. Exit status 1 if a form of accelrt breaks the rule on errors.
 """
@@ -46,11 +46,12 @@ from accelrt.quality.metrics import relative_error
 EAGER, OURS, OWN, LEAST, COMPILED = (
     "eager", "accelrt", "accelrt, own products", "accelrt, least memory", "compile",
 )  # fmt: skip
-PIPELINED, SMALL, SMALL_PIPELINED = (
-    "accelrt, two slices", "accelrt, 8 MiB", "accelrt, 8 MiB, two slices",
+GRAPHED, PIPELINED, SMALL, SMALL_PIPELINED = (
+    "accelrt, CUDA graphs", "accelrt, two slices", "accelrt, 8 MiB", "accelrt, 8 MiB, two slices",
 )  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
     LEAST: {"memory_budget": "min"},
+    GRAPHED: {"cuda_graphs": "auto"},
     PIPELINED: {"pipeline_slices": True},
     SMALL: {"slice_mib": 8.0},
     SMALL_PIPELINED: {"slice_mib": 8.0, "pipeline_slices": True},
@@ -58,7 +59,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 PARTS = (
     (EAGER, OURS, OWN),
     (EAGER, LEAST),
-    (EAGER, OURS, PIPELINED, SMALL, SMALL_PIPELINED),
+    (EAGER, OURS, GRAPHED, PIPELINED, SMALL, SMALL_PIPELINED),
     (EAGER, OURS, OWN, COMPILED),
 )
 FULL: dict[str, Callable[[], ModelCase]] = {
@@ -92,13 +93,14 @@ def with_products_of(run: Run) -> Run:
 
 
 def watched(
-    form: Form, truth: torch.Tensor, device: str, *, compiled: bool = False
+    form: Form, truth: torch.Tensor, device: str, *, hidden: bool = False
 ) -> dict[str, Any]:
     """Error and memory of one forward, after one that is not counted.
 
     Returns:
         ``error`` against the truth (``None`` if not finite), ``live_bytes`` of tensors beside
-        weights and inputs (``None`` of compiled code, whose buffers only the allocator sees),
+        weights and inputs (``None`` where they are ``hidden``: buffers of compiled code and of
+        graphs are seen by the allocator alone),
         ``allocated_bytes`` and ``reserved_bytes`` of the CUDA allocator,
         ``first_seconds`` of the first forward, ``seconds`` of this one.
     """
@@ -114,7 +116,7 @@ def watched(
     error = relative_error(output.double().cpu(), truth) if finite else None
     del output
     live = None
-    if not compiled:
+    if not hidden:
         with track_peak() as memory:  # by itself: it slows the launches down
             form()
         live = memory.peak_bytes
@@ -176,7 +178,7 @@ class Model:
             with noted(name, self.found["left_out"]), time_limit(max(1.0, budget.left)), \
                     torch.no_grad():  # fmt: skip
                 form = make(name, self.case, model, dtype, device, options.compiler)
-                known = watched(form, self._truth, device, compiled=name == COMPILED)
+                known = watched(form, self._truth, device, hidden=name in (COMPILED, GRAPHED))
                 self.found["forms"].setdefault(name, known)
                 forms[name] = form
         if not forms:

@@ -1,11 +1,17 @@
 // A small simulator of the CUDA execution model, for compiling .cu files with a host compiler.
 //
-// A block runs with one std::thread per CUDA thread. __syncthreads is a barrier of the block,
-// __syncwarp and the shuffles a barrier of the warp with an exchange buffer, so that a data
-// race of the kernel is a data race of the program, which ThreadSanitizer reports, and an
-// access out of bounds one that AddressSanitizer reports. Blocks run one after the other.
-// With ACCELRT_SIM_DROP_BARRIER __syncthreads does nothing: a test uses it to show that a
-// missing barrier is noticed.
+// There is one std::thread per CUDA thread of a block, which takes the blocks one by one.
+// __syncthreads is a barrier of the block and __syncwarp one of the warp, so that a data race of
+// the kernel is a data race of the program, which ThreadSanitizer reports, and an access out of
+// bounds one that AddressSanitizer reports. What orders nothing on a GPU orders nothing here:
+// shuffles and products of tiles, whose threads meet at a barrier that ThreadSanitizer does not
+// see, and blocks.
+//
+// Shared memory begins as NaN, in every type. So does what an asynchronous copy will write, from
+// the request on; the bytes come when they are waited for, as late as they may.
+//
+// ACCELRT_SIM_WITHOUT=file.cuh:line leaves out the barrier, or the wait for copies, of that place:
+// tests use it to show that each of them is missed.
 #pragma once
 
 #include <array>
@@ -19,6 +25,9 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <source_location>
+#include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -36,9 +45,61 @@ struct dim3 {
 
 inline thread_local dim3 threadIdx{0, 0, 0}, blockIdx{0, 0, 0}, blockDim{1, 1, 1}, gridDim{1, 1, 1};
 
+#if defined(__SANITIZE_THREAD__)
+extern "C" {
+void AnnotateIgnoreSyncBegin(const char* file, int line);
+void AnnotateIgnoreSyncEnd(const char* file, int line);
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
+#endif
+
 namespace host_sim {
 
 constexpr int kWarp = 32;
+using Place = std::source_location;
+
+// What ThreadSanitizer is not to see while this lives: it orders nothing and is no race.
+struct Unseen {
+#if defined(__SANITIZE_THREAD__)
+  Unseen() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    AnnotateIgnoreSyncBegin(__FILE__, __LINE__);
+  }
+  ~Unseen() {
+    AnnotateIgnoreSyncEnd(__FILE__, __LINE__);
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+#else
+  Unseen() {}
+#endif
+  Unseen(const Unseen&) = delete;
+  Unseen& operator=(const Unseen&) = delete;
+};
+
+struct LeftOut {
+  std::string file;
+  unsigned line = 0;  // none
+  LeftOut() {
+    const char* const text = std::getenv("ACCELRT_SIM_WITHOUT");
+    if (text == nullptr) return;
+    const std::string_view whole(text);
+    const size_t colon = whole.rfind(':');
+    file = whole.substr(0, colon);
+    line = static_cast<unsigned>(std::strtoul(text + colon + 1, nullptr, 10));
+  }
+  bool is(const Place& place) const {
+    return line != 0 && place.line() == line && std::string_view(place.file_name()).ends_with(file);
+  }
+};
+
+inline const LeftOut left_out;
+
+constexpr int kNaN = 0xff;  // every byte of one
 
 struct Warp {
   explicit Warp(int threads) : size(threads), barrier(threads) {}
@@ -55,7 +116,9 @@ struct Block {
     }
     // Exact size, so that AddressSanitizer sees an access past the end.
     if (shared_bytes > 0) {
-      shared = static_cast<unsigned char*>(std::aligned_alloc(16, (shared_bytes + 15) / 16 * 16));
+      const size_t bytes = (shared_bytes + 15) / 16 * 16;
+      shared = static_cast<unsigned char*>(std::aligned_alloc(16, bytes));
+      std::memset(shared, kNaN, bytes);
     }
   }
   ~Block() { std::free(shared); }
@@ -74,6 +137,7 @@ inline Warp& warp() { return *current->warps[threadIdx.x / kWarp]; }
 template <typename T, typename Source>
 T exchange(T value, Source source) {
   static_assert(sizeof(T) <= 8);
+  const Unseen unseen;
   Warp& w = warp();
   const int lane = threadIdx.x % kWarp;
   std::memcpy(&w.exchange[lane], &value, sizeof(T));
@@ -89,6 +153,7 @@ T exchange(T value, Source source) {
 template <typename T>
 std::array<T, kWarp> gather(const T& value) {
   static_assert(sizeof(T) <= sizeof(Warp::gathered[0]));
+  const Unseen unseen;
   Warp& w = warp();
   std::memcpy(w.gathered[threadIdx.x % kWarp], &value, sizeof(T));
   w.barrier.arrive_and_wait();
@@ -100,6 +165,7 @@ std::array<T, kWarp> gather(const T& value) {
 
 // A thread's asynchronous copies to shared memory: made when they are waited for.
 struct Copies {
+  static constexpr size_t kBytes = 16;
   struct Copy {
     void* to;
     const void* from;
@@ -108,6 +174,16 @@ struct Copies {
   std::vector<Copy> current;
   std::deque<std::vector<Copy>> groups;
 
+  void request(const Copy& copy) {
+    const bool aligned = reinterpret_cast<uintptr_t>(copy.to) % kBytes == 0 &&
+                         reinterpret_cast<uintptr_t>(copy.from) % kBytes == 0;
+    if (!aligned) {
+      std::fprintf(stderr, "an asynchronous copy is not aligned to 16 bytes\n");
+      std::abort();
+    }
+    std::memset(copy.to, kNaN, kBytes);
+    current.push_back(copy);
+  }
   void commit() {
     groups.push_back(std::move(current));
     current.clear();
@@ -118,13 +194,6 @@ struct Copies {
     }
   }
   static void make(const Copy& copy) {
-    constexpr size_t kBytes = 16;
-    const bool aligned = reinterpret_cast<uintptr_t>(copy.to) % kBytes == 0 &&
-                         reinterpret_cast<uintptr_t>(copy.from) % kBytes == 0;
-    if (!aligned) {
-      std::fprintf(stderr, "an asynchronous copy is not aligned to 16 bytes\n");
-      std::abort();
-    }
     if (copy.valid) {
       std::memcpy(copy.to, copy.from, kBytes);
     } else {
@@ -150,13 +219,12 @@ void name_kernel() {}
 template <typename Body>
 void run(dim3 grid, int threads, int64_t shared_bytes, const Body& body) {
   const int64_t blocks = static_cast<int64_t>(grid.x) * grid.y * grid.z;
-  std::unique_ptr<Block> block;
-  std::barrier<> turn(threads);
+  // All of them at first: whoever made one later would order its threads with those of others.
+  std::deque<Block> made;
+  for (int64_t b = 0; b < blocks; ++b) made.emplace_back(threads, shared_bytes);
   auto work = [&](int thread) {
     for (int64_t b = 0; b < blocks; ++b) {
-      if (thread == 0) block = std::make_unique<Block>(threads, shared_bytes);
-      turn.arrive_and_wait();
-      current = block.get();
+      current = &made[b];
       threadIdx = dim3(thread, 0, 0);
       blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
       blockDim = dim3(threads);
@@ -166,7 +234,6 @@ void run(dim3 grid, int threads, int64_t shared_bytes, const Body& body) {
         std::fprintf(stderr, "a thread ends with copies that nobody waited for\n");
         std::abort();
       }
-      turn.arrive_and_wait();
     }
   };
   std::vector<std::thread> pool;
@@ -177,13 +244,14 @@ void run(dim3 grid, int threads, int64_t shared_bytes, const Body& body) {
 
 }  // namespace host_sim
 
-inline void __syncthreads() {
-#if !defined(ACCELRT_SIM_DROP_BARRIER)
-  host_sim::current->barrier.arrive_and_wait();
-#endif
+inline void __syncthreads(host_sim::Place place = host_sim::Place::current()) {
+  if (!host_sim::left_out.is(place)) host_sim::current->barrier.arrive_and_wait();
 }
 
-inline void __syncwarp(unsigned = 0xffffffffu) { host_sim::warp().barrier.arrive_and_wait(); }
+inline void __syncwarp(unsigned = 0xffffffffu,
+                       host_sim::Place place = host_sim::Place::current()) {
+  if (!host_sim::left_out.is(place)) host_sim::warp().barrier.arrive_and_wait();
+}
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {

@@ -39,6 +39,8 @@ struct LaunchConfig {
 };
 
 inline void check_config(const char* op, const LaunchConfig& config) {
+  ACCELRT_CHECK(config.grid_x >= 1 && config.grid_y >= 1 && config.grid_z >= 1, op, ": a grid of ",
+                config.grid_x, " x ", config.grid_y, " x ", config.grid_z, " blocks");
   ACCELRT_CHECK(config.grid_x <= 2147483647, op, ": grid.x ", config.grid_x, " is too large");
   ACCELRT_CHECK(config.grid_y <= 65535, op, ": grid.y ", config.grid_y, " exceeds 65535");
   ACCELRT_CHECK(config.grid_z <= 65535, op, ": grid.z ", config.grid_z, " exceeds 65535");

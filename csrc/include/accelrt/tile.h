@@ -77,8 +77,14 @@ void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 
 namespace detail {
 
+// Memory is read by the lane that gives a row's address and by those that get its elements: a race
+// with either is one.
 template <int kTiles, bool kTransposed>
 void load_tiles_sim(uint32_t (&r)[kTiles], const void* row) {
+  if (threadIdx.x % kWarpSize < 8 * kTiles) {
+    unsigned char own[kChunkBytes];
+    std::memcpy(own, row, kChunkBytes);
+  }
   const auto rows = host_sim::gather(row);
   const int lane = threadIdx.x % kWarpSize;
   const int g = lane / 4, t = lane % 4;
@@ -107,12 +113,12 @@ void load_tiles_transposed(uint32_t (&r)[kTiles], const void* row) {
 
 // Copies are made at copy_wait and not before, as late as the hardware may.
 inline void copy_chunk_async(void* shared, const void* global, bool valid) {
-  host_sim::copies().current.push_back({shared, global, valid});
+  host_sim::copies().request({shared, global, valid});
 }
 inline void copy_commit() { host_sim::copies().commit(); }
 template <int kPending>
-void copy_wait() {
-  host_sim::copies().wait(kPending);
+void copy_wait(host_sim::Place place = host_sim::Place::current()) {
+  if (!host_sim::left_out.is(place)) host_sim::copies().wait(kPending);
 }
 
 #elif defined(__CUDACC__)

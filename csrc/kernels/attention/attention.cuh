@@ -1,8 +1,7 @@
 // FlashAttention-2 (arXiv 2307.08691) on the matrix primitives of a warp, for head dims in steps of
 // eight. A block takes a run of queries of one head, a warp 16 or 32 of them:
 // 1. Keys and values come in tiles of kKeys, in the order k0 v0 k1 v1 .., through a ring of slots
-// in
-//    shared memory; the copies of the next kSlots - 1 tiles are under way while one is used.
+//    in shared memory; the copies of the next kSlots - 1 tiles are under way while one is used.
 // 2. A warp multiplies its queries with the keys of a tile. The scores stay in registers, where the
 //    weights are tiles of the second product as they are.
 // 3. Outputs and sums are relative to the row's maximum so far and rescaled when it rises, which is

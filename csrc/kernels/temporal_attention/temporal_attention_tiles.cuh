@@ -3,8 +3,7 @@
 // 1. The rows of q, k and v, which lie a frame apart, are copied to shared memory; values arrive
 //    while the scores are computed.
 // 2. Of 16 queries at a time, the scores of all keys stay in registers, and so do the weights,
-// which
-//    are tiles of the second product as they are.
+//    which are tiles of the second product as they are.
 // 3. Of every 16 channels the outputs are summed and take the place of these queries in shared
 //    memory, from where whole chunks are written.
 // q is read in full before the first write: out may be q.
@@ -143,11 +142,8 @@ __global__ void __launch_bounds__(Traits::kMaxWarps* kWarpSize)
     }
     const float inverse[2] = {1.f / quad_sum(total[0]), 1.f / quad_sum(total[1])};
 
-    if (first == 0) {
-      copy_wait<0>();
-      __syncwarp();
-    }
-    // Every lane has read these queries: quad_sum is behind.
+    if (first == 0) copy_wait<0>();
+    __syncwarp();  // the values are there, and every lane has read these queries
     const auto keep = [&](const float (&sums)[4], int chunk) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
