@@ -83,7 +83,8 @@ class Config(Settings):
             ResNet blocks, spatial transformers, upsamplers, the output convolution.
         pixels_per_slice: pixels in one slice of a motion module or of the temporal half
             of a block, each with all its frames and samples.
-        ff_rows: tokens in one slice of a feed-forward layer.
+        ff_rows: tokens in one slice of a feed-forward layer. On the CPU ``None`` means half of
+            the rule, but no fewer than 512, where the library makes values and gates of a GEGLU.
         samples_per_slice: batch samples in one slice of an image transformer (DiT,
             PixArt), or of the buffer of a temporal ResNet block.
         vae_images: images that go through the VAE encoder or decoder together; of the

@@ -14,6 +14,7 @@ from accelrt.benchmarking.models import ModelCase
 from accelrt.benchmarking.weights import on_meta
 from accelrt.groups.slicing import probing
 from accelrt.memory import track_peak
+from accelrt.planning import cost
 
 MIB = 2**20
 BANDS: dict[str, Any] = {"bands": True, "slice_mib": 2.0}
@@ -96,3 +97,32 @@ def test_the_smallest_plan_computes_little_twice_but_a_number_may_ask_for_it() -
     assert tight.peak_bytes <= tight.reserved_bytes <= 130 * MIB
     assert any(group.recompute for group in tight.groups)
     assert tight.seconds > smallest.seconds
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_live_activations_within_the_smallest_number(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a decode of 512 x 512 makes within the smallest budget that can be met."""
+    monkeypatch.setattr(cost, "profile", lambda device, dtype: cost.Machine())
+    case = models.vae(1, 64)
+    inputs = case.inputs(dtype, "meta")
+
+    def within(budget: int) -> Any:
+        model = accelrt.wrap(on_meta(case.build, dtype), memory_budget=budget)
+        with torch.no_grad():
+            case.run(model, inputs)
+        return model
+
+    with pytest.raises(accelrt.BudgetError) as refused:
+        within(1)
+    smallest = refused.value.smallest_bytes
+    model = within(smallest)  # which plans; only what runs after it is measured
+    with torch.no_grad(), track_peak() as tracker:
+        case.run(model, inputs)
+    assert 95 * MIB <= tracker.peak_bytes <= 110 * MIB  # the output of a block is 64
+    planner = model.decoder.forward.planner
+    plan = planner.plans["decoder"]
+    assert plan.reserved_bytes <= smallest
+    assert tracker.peak_bytes == pytest.approx(plan.peak_bytes, rel=0.01)
+    assert all(arena.spills == arena.misplaced == 0 for arena in planner.arenas)

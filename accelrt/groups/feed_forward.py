@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from accelrt import ops
 from accelrt.config import Config
 
-from .products import is_ours, project
+from .products import is_ours, project, runs_on_cpu
 from .recognise import (
     is_inactive_dropout,
     is_plain,
@@ -22,6 +23,9 @@ from .recognise import (
 from .slicing import independent, slice_length
 
 Add = Callable[[Tensor, Tensor, Tensor], None]
+
+#: Shorter slices of the library's products, which pack the weights for each, take more time.
+FEWEST_ROWS = 512
 
 
 def feed_forward_reason(module: nn.Module) -> str:
@@ -72,14 +76,23 @@ class FeedForwardRunner:
         self.out = net[2]
         self.first: Any = net[0]
         self.epilogue = _epilogue(net[0]) if config.fuse else None
-        self.hidden = self._activation(net[0]) if config.fuse else net[0]
+        self.hidden = self._activation(net[0], net[2]) if config.fuse else net[0]
+        self.has_gates = config.fuse and is_plain(net[0], GEGLU)
         self.width = int(getattr(net[0].proj, "out_features", 0) or 0)
 
     @staticmethod
-    def _activation(first: Any) -> Callable[[Tensor], Tensor]:
-        """``x`` to the activated hidden state, fused where the class is known."""
+    def _activation(first: Any, out: Any) -> Callable[[Tensor], Tensor]:
+        """``x`` to the activated hidden state for ``out``, fused where the class is known."""
         if is_plain(first, GEGLU):
-            return lambda x: ops.geglu(first.proj(x))
+            over = is_plain_linear(first.proj) and is_plain_linear(out)
+
+            def gated(x: Tensor) -> Tensor:
+                h = first.proj(x)
+                # The library's 16-bit product on the CPU copies rows that lie apart.
+                apart = over and (h.dtype == torch.float32 or not runs_on_cpu(h))
+                return ops.geglu(h, out=h[..., : h.shape[-1] // 2] if apart else None)
+
+            return gated
         if is_plain(first, GELU):
             run = ops.gelu_tanh if first.approximate == "tanh" else ops.gelu
             if is_plain_linear(first.proj):
@@ -92,17 +105,29 @@ class FeedForwardRunner:
             return lambda x: run(first.proj(x))
         return first  # type: ignore[no-any-return]
 
-    def rows_of(self, x: Tensor) -> int:
-        """Tokens of ``[B, S, D]`` that pass at once."""
-        batch, length, channels = x.shape
-        size = max(self.width, channels) * x.element_size()
-        self.rows = slice_length(batch * length, self.config.ff_rows, size, self.config, x.device)
-        return self.rows
+    def rows_of(self, x: Tensor, *, gates_apart: bool = False) -> int:
+        """Tokens of ``[B, S, D]`` that pass at once.
 
-    def _pieces(self, x: Tensor) -> Iterator[tuple[slice, slice]]:
+        Args:
+            x: the input; its values are not looked at.
+            gates_apart: the first product makes values and gates, which our kernel joins before
+                it writes them, and the second one a tensor: fewer tokens take as much memory.
+        """
+        batch, length, channels = x.shape
+        total, wanted, size = batch * length, self.config.ff_rows, x.element_size()
+        widest = max(self.width, channels)
+        rows = slice_length(total, wanted, widest * size, self.config, x.device)
+        if gates_apart and wanted is None and runs_on_cpu(x):
+            held = 2 * (widest + channels) * size  # of which ours would have half
+            fewer = slice_length(total, None, held, self.config, x.device)
+            rows = max(fewer, min(rows, FEWEST_ROWS))
+        self.rows = rows
+        return rows
+
+    def _pieces(self, x: Tensor, gates_apart: bool) -> Iterator[tuple[slice, slice]]:
         """Slices of samples and of tokens whose rows are contiguous in memory."""
         batch, length, _ = x.shape
-        rows = self.rows_of(x)
+        rows = self.rows_of(x, gates_apart=gates_apart)
         if rows >= length:
             step = rows // length
             for start in independent(batch, step, x, self.config, self.module):
@@ -131,17 +156,26 @@ class FeedForwardRunner:
         if gate is None and x.is_contiguous() and residual.is_contiguous():
             x, residual = x.view(1, -1, x.shape[-1]), residual.view(1, -1, residual.shape[-1])
         ours = self._is_ours(x, residual, gate)
-        for samples, rows in self._pieces(x):
+        for samples, rows in self._pieces(x, self.has_gates and not ours):
             if ours:
                 gates = None if gate is None else gate[samples]
                 self._own(x[samples, rows], residual[samples, rows], gates, add)
                 continue
-            y = self.out(self.hidden(x[samples, rows]))
+            y = self._second(self.hidden(x[samples, rows]))
             if add is None:
                 self._add(y, residual[samples, rows], None if gate is None else gate[samples])
             else:
                 add(y, residual[samples, rows], x[samples, rows])
             del y  # not beside the next hidden activation
+
+    def _second(self, hidden: Tensor) -> Tensor:
+        """The second product of ``[b, s, F]``, whose rows lie apart if they are over a GEGLU."""
+        y: Tensor
+        if hidden.is_contiguous():
+            y = self.out(hidden)
+        else:  # of three dimensions, torch would add the bias in another tensor
+            y = self.out(hidden.flatten(0, 1)).view(*hidden.shape[:-1], -1)
+        return y
 
     def _is_ours(self, x: Tensor, residual: Tensor, gate: Tensor | None) -> bool:
         """The first product is our kernel's, with the activation as epilogue."""
