@@ -24,6 +24,7 @@ from accelrt.planning import cost, resident
 from accelrt.planning.dryrun import MetaKernels
 
 MIB = 2**20
+GIB = 2**30
 
 
 @pytest.fixture
@@ -106,12 +107,31 @@ def test_results_are_those_of_tensors_of_their_own(
     z = zoo.normal(3, 4, *size).bfloat16()
     for without in (True, False):
         spared.clear()
-        model = accelrt.wrap(decoder(), frames_per_slice=images, pipeline_slices=without)
+        # One slice that is all has buffers in an arena alone.
+        settings = {"frames_per_slice": images, "memory_budget": GIB}
+        model = accelrt.wrap(decoder(), pipeline_slices=without, **settings)
         with torch.no_grad():
             results.append(model.decode(z).sample)
         assert spared
         assert all(spared) != without
     assert torch.equal(*results)
+
+
+def test_one_slice_without_an_arena_holds_no_more_than_with_the_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Buffers beside the output of a block were a sixth more."""
+
+    def peak() -> int:
+        vae = accelrt.wrap(on_meta(decoder, torch.bfloat16))
+        with torch.no_grad(), MetaKernels(), track_peak() as memory:
+            vae.decode(torch.empty(2, 4, 64, 64, dtype=torch.bfloat16, device="meta"))
+        return memory.peak_bytes
+
+    monkeypatch.setattr(convolve, "conv_is_ours", lambda dtype: False)
+    library = peak()
+    monkeypatch.setattr(convolve, "conv_is_ours", lambda dtype: True)
+    assert peak() <= library
 
 
 @pytest.mark.parametrize("processor", ["avx2", "amx", "amx_emulated"])
@@ -156,3 +176,4 @@ def test_packed_keys_and_values_are_planned_for(
     with torch.no_grad(), MetaKernels(), track_peak() as memory:
         F.scaled_dot_product_attention(q, k, k)
     assert memory.peak_bytes == (q.numel() + copies * k.numel()) * q.element_size()
+

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from accelrt import ops
 from accelrt.config import Config
+from accelrt.memory import arena
 from accelrt.memory.arena import keep_to_plan
 
 from .bands import (
@@ -243,8 +244,10 @@ class ResnetGroup(Group):
             convs.append(block.conv_shortcut)
         ours = all(is_ours(conv, x) for conv in convs) and not self.unfused()
         resamples = block.upsample is not None or block.downsample is not None
-        # Two slices at once would need two of each.
-        if not (self.config.fuse and ours) or resamples or self.config.pipeline_slices:
+        # Two slices at once would need two of each; one slice that is all, without an arena that
+        # keeps holes out of the heap, has its output where it would have a buffer.
+        alone = plan.length >= plan.images and arena.current() is None
+        if not (self.config.fuse and ours) or resamples or alone or self.config.pipeline_slices:
             return _Spares()
         pixels = plan.length * plan.height * plan.width
         widest = max(x.shape[1], plan.channels, block.conv2.out_channels)
