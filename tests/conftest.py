@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -68,15 +69,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 # others by name. What takes longest comes first, so that no process waits at the end for another's
 # long file; before it all one that builds the simulator, which others then find built.
 FIRST = (
-    "test_ops_group_norm", "test_memory_unet", "test_exactness_models", "test_features",
-    "test_budget", "test_exactness_temporal_vae", "test_exactness_svd", "test_steps",
-    "test_embed_cpp", "test_calibrate", "test_compile", "test_bench_steps", "test_bench_feedback",
-    "test_exactness_pixart", "test_exactness_unet_2d", "test_demo", "test_bench_models",
-    "test_cli_bench", "test_cli_compare", "test_memory_vae", "test_memory_dit", "test_robust_runs",
-    "test_robust_settings", "test_exactness_passes", "test_cpu_build", "test_docs",
-    "test_bench_device", "test_tiles", "test_docs_profiling", "test_docs_adding_a_model",
-    "test_bands", "test_feedback_training", "test_ops_attention", "test_ops_linear",
-    "test_ops_block",
+    "test_ops_group_norm", "test_memory_unet", "test_budget", "test_compile",
+    "test_exactness_temporal_vae", "test_exactness_passes", "test_steps", "test_pipelining",
+    "test_features", "test_exactness_models", "test_exactness_svd", "test_cli_bench",
+    "test_embed_cpp", "test_tiles", "test_robust_runs", "test_exactness_pixart",
+    "test_exactness_unet_2d", "test_graphs", "test_bench_steps", "test_graphs_steps",
+    "test_feedback_training", "test_bands", "test_bench_models", "test_demo", "test_memory_vae",
+    "test_calibrate", "test_docs", "test_bench_device", "test_bench_feedback", "test_cli_compare",
+    "test_memory_dit", "test_robust_settings", "test_cpu_build", "test_docs_profiling",
+    "test_docs_adding_a_model", "test_ops_attention", "test_ops_linear", "test_ops_block",
 )  # fmt: skip
 
 
@@ -94,6 +95,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return FIRST.index(name) if name in FIRST else len(FIRST)
 
     items[:] = sorted((item for item in items if not repeats(item)), key=place)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage looks through it again.
+
+    Half a million objects take a third of a second, and many tests collect several times.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

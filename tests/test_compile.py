@@ -41,7 +41,7 @@ def test_torch_compile(name: str, how: str) -> None:
 
 def test_inductor() -> None:
     """The default backend: the fused operators stay whole between its own kernels."""
-    model = zoo.tiny_dit()
+    model = zoo.tiny_dit(num_layers=1)
     inputs = {
         "hidden_states": zoo.normal(2, 4, 8, 8),
         "timestep": torch.tensor([7, 301]),

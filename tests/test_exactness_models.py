@@ -21,7 +21,7 @@ UNET_CASES: dict[str, Case] = {
     "b1-t1-9x15": (zoo.tiny_unet, zoo.unet_inputs(1, 1, 9, 15)),
     "b1-t16-9x15": (zoo.tiny_unet, zoo.unet_inputs(1, 16, 9, 15)),
     "b2-t1-36x60": (zoo.tiny_unet, zoo.unet_inputs(2, 1, 36, 60)),
-    "b1-t7-36x60": (zoo.unet_variant, zoo.unet_inputs(1, 7, 36, 60)),
+    "b1-t3-36x60": (zoo.unet_variant, zoo.unet_inputs(1, 3, 36, 60)),
     "variant-b2-t7-9x15": (zoo.unet_variant, zoo.unet_inputs(2, 7, 9, 15)),
     "context-per-frame": (zoo.tiny_unet, zoo.unet_inputs(2, 7, 8, 8, per_frame_context=True)),
     "text-time": (

@@ -40,7 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 # Videos, frames, height and width of the latents.
 SHAPES = {
     "b1-t7-9x15": (1, 7, 9, 15),
-    "b2-t14-9x15": (2, 14, 9, 15),
+    "b2-t5-9x15": (2, 5, 9, 15),
     "b1-t1-9x15": (1, 1, 9, 15),
     "b1-t16-8x8": (1, 16, 8, 8),
     "b1-t2-36x60": (1, 2, 36, 60),

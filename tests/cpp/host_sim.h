@@ -216,8 +216,8 @@ template <auto kKernel, typename Params>
 void name_kernel() {}
 #endif
 
-template <typename Body>
-void run(dim3 grid, int threads, int64_t shared_bytes, const Body& body) {
+// No template: what it needs of the library would be compiled for every instance of a kernel.
+inline void run(dim3 grid, int threads, int64_t shared_bytes, const std::function<void()>& body) {
   const int64_t blocks = static_cast<int64_t>(grid.x) * grid.y * grid.z;
   // All of them at first: whoever made one later would order its threads with those of others.
   std::deque<Block> made;
