@@ -139,9 +139,9 @@ bool mkl_is_at_home() {
 
 }  // namespace
 
-// On the tile registers ours is about equal to oneDNN's that packs at every call, and has epilogues.
-// On Zen 4, against oneDNN and MKL: bfloat16 205 to 215 GFLOP/s for 180 to 208, float32 93 for 80 up
-// to here and 80 for 90 at a depth of 4608, float16 98 for 21.
+// On the tile registers ours is about equal to oneDNN's that packs at every call, and has
+// epilogues. On Zen 4, against oneDNN and MKL: bfloat16 205 to 215 GFLOP/s for 180 to 208, float32
+// 93 for 80 up to here and 80 for 90 at a depth of 4608, float16 98 for 21.
 constexpr int64_t kMaxFloatDepth = 2304;
 
 // torch has bfloat16 products only with AVX-512: on Zen 3 its linear runs at 10 GFLOP/s for 60 of

@@ -101,7 +101,8 @@ PYBIND11_MODULE(_C, m) {
         return accelrt::feed_forward_cache_bytes(
             cuda ? accelrt::Device::kCUDA : accelrt::Device::kCPU, dtype_of(dtype));
       },
-      py::arg("cuda"), py::arg("dtype"), "Scratch with which hidden activations stay in the cache.");
+      py::arg("cuda"), py::arg("dtype"),
+      "Scratch with which hidden activations stay in the cache.");
   m.def("set_cuda_products", &accelrt::bindings::set_cuda_products, py::arg("name"),
         "Force `torch` or `own` in this process.");
   accelrt::bindings::bind_memory(m);

@@ -489,6 +489,17 @@ def test_hooks_see_whole_batches_and_no_meta_tensors(place: str) -> None:
     assert set(seen) == {"cpu"}
 
 
+@pytest.mark.parametrize("place", ["conv_out", "conv_norm_out"])
+def test_hooks_at_the_end_see_whole_batches_in_small_slices(place: str) -> None:
+    model = zoo.tiny_unet()
+    model.get_submodule(place).register_forward_hook(lambda module, args, output: output.flip(0))
+    inputs = zoo.unet_inputs(2, 3, 8, 8)
+    with torch.no_grad():
+        stock = model(**inputs).sample
+        accelrt.wrap(model, slice_mib=0.02)
+        assert zoo.relative_error(model(**inputs).sample, stock) < 1e-5
+
+
 def _leaf_offload(model: Any) -> None:
     cpu = torch.device("cpu")
     model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")

@@ -121,9 +121,7 @@ def test_another_compiler_or_architecture_is_asked_for_instances_and_spills_alon
     assert len(ptxas.compare(table, kernels(b={"75": Usage(20)}))) == 2
 
 
-WAITS = re.compile(
-    r"cuda(Malloc|Free|Memcpy|Memset|HostAlloc|HostRegister)\w*|cuda\w*Synchronize"
-)
+WAITS = re.compile(r"cuda(Malloc|Free|Memcpy|Memset|HostAlloc|HostRegister)\w*|cuda\w*Synchronize")
 MATRIX = re.compile(r"\b(mma\.sync|wgmma|ldmatrix|cp\.async|tcgen05)")
 
 

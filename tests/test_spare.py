@@ -176,4 +176,3 @@ def test_packed_keys_and_values_are_planned_for(
     with torch.no_grad(), MetaKernels(), track_peak() as memory:
         F.scaled_dot_product_attention(q, k, k)
     assert memory.peak_bytes == (q.numel() + copies * k.numel()) * q.element_size()
-

@@ -13,6 +13,7 @@ from accelrt.memory.arena import outlives_slice
 from .bands import ConvRows, conv_in_bands, is_row_conv, rows_per_band, takes_rows
 from .base import FUSED, Group, Status
 from .convolve import convolve
+from .independence import is_watched
 from .norms import GroupNormAct, unfused_norm
 from .recognise import is_plain_conv
 from .skips import RecomputedSkip
@@ -174,7 +175,10 @@ class OutGroup(Group):
             for i in starts(images, 1, x):
                 conv_in_bands(banded, norm, x[i : i + 1], whole[i : i + 1], rows)
             return
+        parts = (conv, self.norm, self.act)
         n = slice_length(images, self.config.frames_per_slice, row * height, self.config, x.device)
+        if any(part is not None and is_watched(part) for part in parts):
+            n = images  # a hook may want all of them
         self.axis = "frames"
         self.measured(n, images)
         if n >= images:
@@ -184,7 +188,6 @@ class OutGroup(Group):
                 state.hold(state.hidden)
             return
         out: Tensor | None = None
-        parts = (conv, self.norm, self.act)
         for start in independent(images, n, x, self.config, *parts):
             xs = x[start : start + n]
             h = convolve(conv, xs if norm is None else norm(xs), fuse=self.config.fuse)

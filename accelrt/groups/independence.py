@@ -61,7 +61,7 @@ def mixes(block: nn.Module, items: str = "images") -> str:
         where = f"{name}: " if name else ""
         if type(module) not in known:
             return f"{where}{type(module).__name__} may mix {items}"
-        if module._forward_hooks or module._forward_pre_hooks or _is_replaced(module):
+        if is_watched(module):
             return f"{where}a hook of {type(module).__name__} may want all {items}"
         processor = getattr(module, "processor", None)
         if processor is not None and type(processor) not in _PER_ROW:
@@ -78,7 +78,7 @@ def mixes_samples(model: nn.Module) -> str:
         processor = getattr(module, "processor", None)
         if processor is not None and type(processor) not in _PER_ROW:
             return f"{name}: {type(processor).__name__} may mix samples"
-        if name and (module._forward_hooks or module._forward_pre_hooks or _is_replaced(module)):
+        if name and is_watched(module):
             return f"{name}: a hook of {type(module).__name__} may want all samples"
     return ""
 
@@ -90,6 +90,11 @@ def together(blocks: Iterable[nn.Module], items: str = "images", name: str = "bl
         if reason:
             return f"{name} {index}: {reason}, so they pass together"
     return ""
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Something beside its own forward sees its input or output, and may want the whole batch."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or _is_replaced(module))
 
 
 def _is_replaced(module: Any) -> bool:

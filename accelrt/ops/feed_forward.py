@@ -35,8 +35,8 @@ def feed_forward_scratch(
         x: ``[M, K]``; its values are not looked at.
         weights: of the layer.
         rows: of a slice; by default as many as keep the hidden activations in the cache: a
-            scratch of half the GPU's L2 cache, of 8 MiB on a CPU (64 for bfloat16 with AMX), or all rows if
-            they need less.
+            scratch of half the GPU's L2 cache, of 8 MiB on a CPU (64 for bfloat16 with AMX), or
+            all rows if they need less.
         add: the result is added to a tensor (``add_to``).
 
     Raises:

@@ -57,8 +57,8 @@ int64_t feed_forward_rows(const FeedForwardParams& params, int64_t bytes);
 
 // For scratch of this size the hidden activations of a slice stay in the cache: half of the second
 // level of the current GPU, beside which weights pass through; 8 MiB on a CPU, below which slices
-// are too short to make up for the weights that every one of them reads, and 64 MiB for bfloat16 where
-// it has tile registers and packs them.
+// are too short to make up for the weights that every one of them reads, and 64 MiB for bfloat16
+// where it has tile registers and packs them.
 int64_t feed_forward_cache_bytes(Device device, DType dtype);
 
 void feed_forward(const FeedForwardParams& params, Products& products, Stream stream = nullptr);

@@ -248,8 +248,7 @@ inline void __syncthreads(host_sim::Place place = host_sim::Place::current()) {
   if (!host_sim::left_out.is(place)) host_sim::current->barrier.arrive_and_wait();
 }
 
-inline void __syncwarp(unsigned = 0xffffffffu,
-                       host_sim::Place place = host_sim::Place::current()) {
+inline void __syncwarp(unsigned = 0xffffffffu, host_sim::Place place = host_sim::Place::current()) {
   if (!host_sim::left_out.is(place)) host_sim::warp().barrier.arrive_and_wait();
 }
 

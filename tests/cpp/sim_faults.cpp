@@ -40,8 +40,8 @@ void faults_kernel(const FaultsParams p) {
     return;
   }
   const auto request = [&](float* to) {
-    copy_chunk_async(to + (p.fault == Fault::kCopyOffItsAlignment ? 1 : 0),
-                     p.from + kChunk * lane, true);
+    copy_chunk_async(to + (p.fault == Fault::kCopyOffItsAlignment ? 1 : 0), p.from + kChunk * lane,
+                     true);
     copy_commit();
   };
   if (p.fault == Fault::kSharedMemoryBeforeItIsWritten) {

@@ -9,8 +9,8 @@
 // which the pixels of a whole image follow each other.
 //
 // The weights are packed once for all tiles, as many output channels at a time as kConv2dPackBytes
-// take; the threads share them. K is cut into parts as in linear_tiles.cpp; sums wait in memory between
-// two parts. The parts depend on the weights' shape alone, and so does every result.
+// take; the threads share them. K is cut into parts as in linear_tiles.cpp; sums wait in memory
+// between two parts. The parts depend on the weights' shape alone, and so does every result.
 #include <algorithm>
 #include <cstring>
 #include <memory>
