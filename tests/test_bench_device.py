@@ -240,6 +240,8 @@ def _tests(path: Path) -> Iterator[tuple[str, bool, bool]]:
 
 def test_the_script_runs_all_that_wants_a_gpu_and_no_simulator() -> None:
     script = SCRIPT.read_text()
+    (seconds,) = re.findall(r"TOTAL:-(\d+)", script)
+    assert int(seconds) < 9 * 60
     (expression,) = re.findall(r'chosen="(.+)"', script)
     patterns = set(re.findall(r"(?<= )tests/test_\S+\.py", script))
     root = SCRIPT.parents[1]

@@ -176,6 +176,15 @@ def test_other_shapes_have_graphs_of_their_own(backends: list[RecordingBackend])
     assert (report(model).captures, report(model).replays) == (4, 8)
 
 
+def test_all_graphs_of_a_wrap_are_of_one_pool(backends: list[RecordingBackend]) -> None:
+    model, _ = pair(zoo.tiny_dit)
+    for batch in (1, 2, 3):
+        for _ in range(2):
+            call(model, dit_inputs(batch))
+    (backend,) = backends
+    assert [len(graphs) for graphs in backend.graphs.values()] == [3]
+
+
 def test_the_least_recently_used_goes_first(backends: list[RecordingBackend]) -> None:
     model, eager = pair(zoo.tiny_dit, max_cuda_graphs=2)
     forms = [dit_inputs(2, 8), dit_inputs(1, 8), dit_inputs(2, 4)]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from sim import SimulatorError, run_simulator
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+TESTS = Path(__file__).resolve().parent
+CSRC = TESTS.parent / "csrc"
 
 # ---- One fault each (cpp/sim_faults.cpp) -------------------------------------------------------
 
@@ -50,6 +51,27 @@ def test_a_fault_is_reported(sim_dir, name):
         return
     with pytest.raises(SimulatorError, match=report):
         with_fault(sim_dir, fault, sanitizer)
+
+
+# ---- Every kernel runs in it -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in CSRC.rglob("*.cu")))
+def test_every_kernel_is_simulated_under_both_sanitizers(folder):
+    """The operators that the runners have of a kernel's folder, in some file of tests."""
+    header = f'"kernels/{folder}/{folder}.h"'
+    runners = [path.read_text() for path in TESTS.glob("cpp/sim_*.cpp")]
+    operators = {
+        name
+        for text in runners
+        if header in text
+        for name in re.findall(r'Register k\w+\("(\w+)"', text)
+    }
+    assert operators
+    files = [path.read_text() for path in TESTS.glob("test_ops_*.py")]
+    for name in operators:
+        own = [text for text in files if f'"{name}"' in text and "run_simulator(" in text]
+        assert any('"tsan"' in text and re.search(r"asan\b", text) for text in own), name
 
 
 # ---- Every barrier, and every wait for copies, is needed ---------------------------------------
