@@ -59,6 +59,21 @@ def test_gives_back_what_exceeds_the_plan(holes):
     assert resident_bytes() < before - 40 * MIB
 
 
+def test_what_every_product_frees_is_left_for_the_next(monkeypatch):
+    """Given back after each block of a transformer, it took a third more time."""
+    tries, held = [], [100 * MIB]
+    monkeypatch.setattr(heap, "_PAUSE", 0.0)
+    monkeypatch.setattr(heap, "resident_bytes", lambda: held[0])
+    monkeypatch.setattr(heap, "return_free_memory", lambda: tries.append(held[0]))
+    keeper = HeapKeeper()
+    keeper.begin(10 * MIB, product_bytes=20 * MIB)
+    tries.clear()
+    for now, expected in ((129, 0), (135, 1), (150, 1), (160, 2)):
+        held[0] = now * MIB  # after the second look the floor is 135, what an attempt left
+        keeper.keep()
+        assert len(tries) == expected
+
+
 def test_leaves_the_heap_alone_within_the_plan(holes, monkeypatch):
     keeper = HeapKeeper()
     keeper.begin(200 * MIB)

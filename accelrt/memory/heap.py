@@ -26,6 +26,7 @@ class HeapKeeper:
         self._base: int | None = None
         self._limit: int | None = None
         self._floor = 0
+        self._product = 0
         self._looked = 0.0
 
     def rest(self) -> None:
@@ -33,12 +34,15 @@ class HeapKeeper:
         return_free_memory()
         self._base = resident_bytes()
 
-    def begin(self, planned_bytes: int) -> None:
+    def begin(self, planned_bytes: int, product_bytes: int = 0) -> None:
         """A run begins.
 
         Args:
             planned_bytes: that it may hold at once.
+            product_bytes: that each of its products takes besides, and frees. They are free in
+                the heap whenever somebody looks; given back, they come again page by page.
         """
+        self._product = product_bytes
         if self._base is None:
             self.rest()
         self._floor = 0
@@ -51,7 +55,7 @@ class HeapKeeper:
             return
         self._looked = now
         held = resident_bytes()
-        if held is not None and held > max(self._limit, self._floor) + _STEP:
+        if held is not None and held > max(self._limit, self._floor) + self._product + _STEP:
             return_free_memory()
             self._floor = resident_bytes() or held
 

@@ -37,6 +37,7 @@ class Cut:
         offsets: of those buffers in the arena, in the order of their making.
         slab_bytes: that the arena needs for them.
         own_bytes: that live outside of it at once.
+        product_bytes: that a matrix product takes beside them, and frees again.
         step: that the call is of, where steps are cut along time.
     """
 
@@ -46,6 +47,7 @@ class Cut:
     offsets: tuple[int, ...] = ()
     slab_bytes: int = 0
     own_bytes: int = 0
+    product_bytes: int = 0
     step: Step | None = None
 
     def placed(
@@ -54,11 +56,13 @@ class Cut:
         offsets: tuple[int, ...] = (),
         slab_bytes: int = 0,
         own_bytes: int = 0,
+        product_bytes: int = 0,
     ) -> Cut:
         """The same cut with its buffers in ``arena``."""
         return replace(
-            self, arena=arena, offsets=offsets, slab_bytes=slab_bytes, own_bytes=own_bytes
-        )
+            self, arena=arena, offsets=offsets, slab_bytes=slab_bytes, own_bytes=own_bytes,
+            product_bytes=product_bytes,
+        )  # fmt: skip
 
 
 @contextmanager
@@ -77,7 +81,7 @@ def placing(cut: Cut) -> Iterator[None]:
         arena.schedule(cut.offsets)
         arena.begin()
         if arena.heap is not None:
-            arena.heap.begin(cut.slab_bytes + cut.own_bytes)
+            arena.heap.begin(cut.slab_bytes + cut.own_bytes, cut.product_bytes)
         with activate(arena):
             yield
     finally:

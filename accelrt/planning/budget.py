@@ -26,7 +26,7 @@ from .component import plan_component
 from .cost import machine
 from .dryrun import MetaKernels
 from .plan import ComponentPlan
-from .resident import free_bytes, resident_bytes, workspace_bytes
+from .resident import free_bytes, product_bytes, resident_bytes, workspace_bytes
 from .search import Found, Model
 
 #: Share of the free memory that "auto" leaves free.
@@ -220,7 +220,8 @@ class BudgetPlanner:
         if device.type == "meta":
             return _Planned(plan, cut)
         arena = self._arenas.setdefault(device, Arena(device))
-        cut = cut.placed(arena, plan.offsets, plan.slab_bytes, plan.own_bytes)
+        product = product_bytes(forward.module, device)
+        cut = cut.placed(arena, plan.offsets, plan.slab_bytes, plan.own_bytes, product)
         # The memory of a request's features waits for the next one, if graphs work in it.
         held = plan.graphs_bytes + kept if plan.graphs_bytes else 0
         return _Planned(plan, cut, held)

@@ -50,6 +50,17 @@ def workspace_bytes(model: nn.Module, device: torch.device, budget_bytes: int = 
     return largest + budget_bytes // 100
 
 
+def product_bytes(model: nn.Module, device: torch.device) -> int:
+    """What products of ``model`` take and free again on the CPU: the larger of their weights.
+
+    A run that gives this back after every one of them gets it anew, page by page, for the next.
+    """
+    if device.type == "cuda":
+        return 0
+    products = (weight for weight in model.parameters() if weight.dim() <= 2)
+    return max(map(_taken_bytes, products), default=0)
+
+
 def _taken_bytes(weight: Tensor) -> int:
     """What a product with ``weight`` takes on the CPU beside its input and output."""
     size = weight.numel() * weight.element_size()
