@@ -68,8 +68,8 @@ def test_what_every_product_frees_is_left_for_the_next(monkeypatch):
     keeper = HeapKeeper()
     keeper.begin(10 * MIB, product_bytes=20 * MIB)
     tries.clear()
-    for now, expected in ((129, 0), (135, 1), (150, 1), (160, 2)):
-        held[0] = now * MIB  # after the second look the floor is 135, what an attempt left
+    for resident, expected in ((129, 0), (135, 1), (150, 1), (160, 2)):
+        held[0] = resident * MIB  # after the second look the floor is 135, what an attempt left
         keeper.keep()
         assert len(tries) == expected
 
