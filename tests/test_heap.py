@@ -74,6 +74,16 @@ def test_what_every_product_frees_is_left_for_the_next(monkeypatch):
         assert len(tries) == expected
 
 
+def test_the_heap_keeps_what_the_largest_product_frees():
+    model = accelrt.wrap(tiny_unet(), memory_budget=2**30)
+    with torch.no_grad():
+        model(**unet_inputs(2, 3, 8, 8))
+    planner = model.forward.planner
+    (arena,) = planner.arenas
+    largest = max(w.numel() * w.element_size() for w in model.parameters() if w.dim() <= 2)
+    assert arena.heap._product == largest > 0
+
+
 def test_leaves_the_heap_alone_within_the_plan(holes, monkeypatch):
     keeper = HeapKeeper()
     keeper.begin(200 * MIB)

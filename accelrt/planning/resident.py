@@ -51,7 +51,7 @@ def workspace_bytes(model: nn.Module, device: torch.device, budget_bytes: int = 
 
 
 def product_bytes(model: nn.Module, device: torch.device) -> int:
-    """What products of ``model`` take and free again on the CPU: the larger of their weights.
+    """What products of ``model`` take and free again on the CPU: the largest of their weights.
 
     A run that gives this back after every one of them gets it anew, page by page, for the next.
     """
