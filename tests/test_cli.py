@@ -195,6 +195,9 @@ def test_satisfies(version: str, requirement: str, fits: bool) -> None:
         ((12, 1), "100,120", "binary"),
         ((13, 0), "100,120", "ptx"),
         ((8, 0), "", None),
+        ((11, 0), "80,90a,100,120", "ptx"),  # what 120 runs was made from the PTX of 100
+        ((10, 0), "80,90a,120", None),
+        ((9, 0), "80,86", "ptx"),
     ],
 )
 def test_code_for(capability: tuple[int, int], architectures: str, code: str | None) -> None:

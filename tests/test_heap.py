@@ -84,6 +84,18 @@ def test_the_heap_keeps_what_the_largest_product_frees():
     assert arena.heap._product == largest > 0
 
 
+@pytest.mark.parametrize("budget", [2**30, "min"])
+def test_the_heap_may_hold_the_budget_not_just_the_plan(budget):
+    """Trimmed to the plan, a forward with a loose budget takes its pages anew all the time."""
+    model = accelrt.wrap(tiny_unet(), memory_budget=budget)
+    with torch.no_grad():
+        model(**unet_inputs(2, 3, 8, 8))
+    planner = model.forward.planner
+    (arena,), (plan,) = planner.arenas, planner.plans.values()
+    expected = plan.slab_bytes + plan.own_bytes if budget == "min" else budget
+    assert arena.heap._limit - arena.heap._base == expected
+
+
 def test_leaves_the_heap_alone_within_the_plan(holes, monkeypatch):
     keeper = HeapKeeper()
     keeper.begin(200 * MIB)

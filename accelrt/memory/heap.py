@@ -15,7 +15,7 @@ _STEP = 4 * 2**20
 
 
 class HeapKeeper:
-    """Returns free pages of the heap to the system when the process exceeds a plan.
+    """Returns free pages of the heap to the system when the process exceeds its budget.
 
     An allocator keeps what is freed and takes new memory from other holes, so that a process
     comes to hold all the holes that its weights have left, whatever is alive at once. Work that
@@ -34,11 +34,11 @@ class HeapKeeper:
         return_free_memory()
         self._base = resident_bytes()
 
-    def begin(self, planned_bytes: int, product_bytes: int = 0) -> None:
+    def begin(self, run_bytes: int, product_bytes: int = 0) -> None:
         """A run begins.
 
         Args:
-            planned_bytes: that it may hold at once.
+            run_bytes: that it may hold at once, weights apart.
             product_bytes: that each of its products takes besides, and frees. They are free in
                 the heap whenever somebody looks; given back, they come again page by page.
         """
@@ -46,7 +46,7 @@ class HeapKeeper:
         if self._base is None:
             self.rest()
         self._floor = 0
-        self._limit = None if self._base is None else self._base + planned_bytes
+        self._limit = None if self._base is None else self._base + run_bytes
 
     def keep(self) -> None:
         """Between two slices: give back, if too much is resident."""

@@ -36,7 +36,7 @@ class Cut:
         arena: where the buffers of the groups live, or ``None``.
         offsets: of those buffers in the arena, in the order of their making.
         slab_bytes: that the arena needs for them.
-        own_bytes: that live outside of it at once.
+        heap_bytes: that the run may hold, the slab among them, before the heap gives pages back.
         product_bytes: that a matrix product takes beside them, and frees again.
         step: that the call is of, where steps are cut along time.
     """
@@ -46,7 +46,7 @@ class Cut:
     arena: Arena | None = None
     offsets: tuple[int, ...] = ()
     slab_bytes: int = 0
-    own_bytes: int = 0
+    heap_bytes: int = 0
     product_bytes: int = 0
     step: Step | None = None
 
@@ -55,12 +55,12 @@ class Cut:
         arena: Arena | None,
         offsets: tuple[int, ...] = (),
         slab_bytes: int = 0,
-        own_bytes: int = 0,
+        heap_bytes: int = 0,
         product_bytes: int = 0,
     ) -> Cut:
         """The same cut with its buffers in ``arena``."""
         return replace(
-            self, arena=arena, offsets=offsets, slab_bytes=slab_bytes, own_bytes=own_bytes,
+            self, arena=arena, offsets=offsets, slab_bytes=slab_bytes, heap_bytes=heap_bytes,
             product_bytes=product_bytes,
         )  # fmt: skip
 
@@ -81,7 +81,7 @@ def placing(cut: Cut) -> Iterator[None]:
         arena.schedule(cut.offsets)
         arena.begin()
         if arena.heap is not None:
-            arena.heap.begin(cut.slab_bytes + cut.own_bytes, cut.product_bytes)
+            arena.heap.begin(cut.heap_bytes, cut.product_bytes)
         with activate(arena):
             yield
     finally:

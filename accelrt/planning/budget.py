@@ -221,7 +221,9 @@ class BudgetPlanner:
             return _Planned(plan, cut)
         arena = self._arenas.setdefault(device, Arena(device))
         product = product_bytes(forward.module, device)
-        cut = cut.placed(arena, plan.offsets, plan.slab_bytes, plan.own_bytes, product)
+        # With room in the budget there is no reason to give pages back and take them anew.
+        allowed = max(plan.slab_bytes + plan.own_bytes, limit or 0)
+        cut = cut.placed(arena, plan.offsets, plan.slab_bytes, allowed, product)
         # The memory of a request's features waits for the next one, if graphs work in it.
         held = plan.graphs_bytes + kept if plan.graphs_bytes else 0
         return _Planned(plan, cut, held)

@@ -208,26 +208,30 @@ def code_for(capability: tuple[int, int], architectures: str) -> str | None:
 
     Args:
         capability: compute capability of the device, ``(major, minor)``.
-        architectures: of the build, e.g. ``"80,90a,120"``; PTX is kept of the last.
+        architectures: of the build, e.g. ``"80,90a,120"``; PTX is kept of the last, or
+            where there are several from 100 on of the first of them.
 
     Returns:
         ``"binary"``, ``"ptx"`` (compiled by the driver at first use), or ``None``.
     """
     major, minor = capability
-    names = [name for name in re.split(r"[,; ]+", architectures) if name]
-    for name in names:
+    ptx: tuple[int, int] | None = None
+    generation: str | int | None = None
+    for name in re.split(r"[,; ]+", architectures):
         match = re.fullmatch(r"(\d+)(\d)([a-z]?)", name)
         if match is None:
             continue
-        exact = (int(match[1]), int(match[2])) == capability
+        known = (int(match[1]), int(match[2]))
         # Code of an 'a' architecture runs on exactly that one; other code also on later
         # minor versions of the same major one.
-        if exact or (not match[3] and int(match[1]) == major and int(match[2]) <= minor):
+        if known == capability or (not match[3] and known[0] == major and known[1] <= minor):
             return "binary"
-    last = re.fullmatch(r"(\d+)(\d)([a-z]?)", names[-1]) if names else None
-    if last is not None and not last[3] and (int(last[1]), int(last[2])) <= capability:
-        return "ptx"
-    return None
+        # As CMakeLists.txt has it: the PTX of a generation is that of its first.
+        of: str | int = name if match[3] else min(known[0], 10)
+        if of != generation:
+            generation = of
+            ptx = None if match[3] else known
+    return "ptx" if ptx is not None and ptx <= capability else None
 
 
 def _conclude_build(build: dict[str, Any], found: _Findings) -> None:
