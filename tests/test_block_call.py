@@ -133,7 +133,7 @@ def test_a_dry_run_counts_the_products_and_the_attention():
     rates = dataclasses.replace(
         Machine(), overhead=0.0, product_overhead=0.0, view_overhead=0.0,
         product_rates=((1, rate),), attention_rates=((1, rate),), bandwidth=free,
-        norm_bandwidth=free,
+        norm_bandwidth=free, weight_bandwidth=free,
     )  # fmt: skip
     for single in (False, True):
         block = make(single, "meta")

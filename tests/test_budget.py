@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import warnings
@@ -460,6 +461,41 @@ def test_short_products_are_slower_per_row() -> None:
         assert linear == cost.seconds_of("addmm", (bias, x, weight.t()), x, rates)
         seconds.append((linear - rates.product_overhead) / rows)
     assert seconds[0] > 1.3 * seconds[1]
+
+
+def test_weights_come_from_memory_unless_few_others_passed_since() -> None:
+    first, second, large = (torch.empty(n, 8, device="meta") for n in (4, 4, 12))
+    size = first.numel() * 4
+    rates = dataclasses.replace(cost.Machine(), weight_bandwidth=size, cache_bytes=2 * size)
+    read = cost.Weights()
+    assert read.seconds([first], rates) == 1.0
+    assert read.seconds([first], rates) == 0.0
+    assert read.seconds([second, first], rates) == 1.0
+    assert read.seconds([large, first], rates) == 3.0 + 1.0
+    # Slices that read both in turn: they stay together, three times the cache does not.
+    assert cost.Weights().seconds([first, second], rates, times=5) == 2.0
+    assert cost.Weights().seconds([large, first], rates, times=5) == 5 * 4.0
+
+
+def test_a_second_pass_reads_all_weights_again() -> None:
+    """What guidance halves in turn cost beside shorter products, and slices in a group do not."""
+    free = float("inf")
+    rates = dataclasses.replace(
+        cost.Machine(), overhead=0.0, product_overhead=0.0, view_overhead=0.0,
+        product_rates=((1, free),), attention_rates=((1, free),), bandwidth=free,
+        norm_bandwidth=free, kernel_bandwidth=free, convolution_rate=free, weight_bandwidth=1.0,
+        cache_bytes=0,
+    )  # fmt: skip
+    model: Any = zoo.tiny_dit().to("meta")
+    steps = torch.empty(2, dtype=torch.long, device="meta")
+    x = torch.empty(2, 4, 8, 8, device="meta")
+    forward = accelrt.wrap(model).forward
+    inputs = forward.arguments(hidden_states=x, timestep=steps, class_labels=steps)
+    planned = search.Model(forward, inputs, Config(), rates, 8.0)
+    seconds = [planned.run(search.Setting(n, False), planned.fastest).seconds for n in (None, 1)]
+    weights = [w for n, w in model.named_parameters() if w.dim() == 2 and "embedding" not in n]
+    assert seconds[1] == pytest.approx(2 * seconds[0])
+    assert seconds[0] >= sum(w.numel() * w.element_size() for w in weights) > 0
 
 
 def test_pixart_with_captions_keeps_a_budget() -> None:

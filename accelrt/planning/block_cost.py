@@ -6,15 +6,18 @@ from typing import Any
 
 from torch import Tensor
 
-from .cost import Machine, rate_at
+from .cost import Machine, Weights, rate_at
+
+_ATTENTIONS = ("q", "k", "v", "out", "cross_q", "cross_k", "cross_v", "cross_out")
 
 
-def block_seconds(arguments: dict[str, Any], rates: Machine) -> float:
+def block_seconds(arguments: dict[str, Any], rates: Machine, read: Weights) -> float:
     """The estimate for one call of :func:`accelrt.ops.transformer_block`.
 
     Args:
         arguments: of the native operator, by name.
         rates: of the machine.
+        read: weights that were read before.
     """
     stream: Tensor = arguments["stream"]
     batch, length, _ = stream.shape
@@ -30,6 +33,11 @@ def block_seconds(arguments: dict[str, Any], rates: Machine) -> float:
     ff_rows = min(arguments["ff_rows"] or tokens, tokens)
     for name in ("ff_in", "ff_out"):
         seconds += _product(arguments[f"{name}_weight"], tokens, ff_rows, rates)
+    first = (arguments[f"{name}_weight"] for name in _ATTENTIONS)
+    seconds += read.seconds([weight for weight in first if weight is not None], rates)
+    pieces = -(-tokens // max(ff_rows, 1))
+    layers = [arguments["ff_in_weight"], arguments["ff_out_weight"]]
+    seconds += read.seconds(layers, rates, pieces)
     seconds += _attention(arguments["out_weight"].shape[1], batch, length, length, rates)
     if arguments["cross_q_weight"] is not None:
         given = keys.shape[1] if context is None else context.shape[1]

@@ -2,8 +2,9 @@
 
 An operator takes ``overhead + flops / rate + bytes / bandwidth``. Short slices are slow: a
 matrix product reads its weights once per slice, so that its rate depends on the number of
-rows and is measured for several; a convolution also reorders them on the CPU, which counts
-as bytes of its kernel. The views that cut a slice out take time as well.
+rows and is measured for several; where other weights have passed since, they come from memory
+again and not from the cache. A convolution also reorders them on the CPU, which counts as bytes of its kernel. The
+views that cut a slice out take time as well.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import json
 import math
 import os
 import platform
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,15 @@ from accelrt.files import write_text
 from accelrt.groups.convolve import conv2d
 from accelrt.groups.products import attention, linear
 
-VERSION = 4
+VERSION = 5
 
 #: Pairs of rows and FLOP/s, by rows.
 Rates = tuple[tuple[int, float], ...]
 PRODUCT_ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024)
 ATTENTION_ROWS = (8, 32, 128, 1024)
+#: Rows with which the weights of a product are measured as they come from memory, and of how many
+#: bytes together they are at least: more than most caches.
+COLD_ROWS, COLD_BYTES = 64, 2**28
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,10 @@ class Machine:
     Args:
         overhead, product_overhead, view_overhead: seconds per call of an elementwise
             operator, of a matrix product and of a view.
-        product_rates: FLOP/s of matrix products by the number of rows, their weights and
-            results read and written included.
+        product_rates: FLOP/s of matrix products by the number of rows, results written and
+            weights read from the cache included.
+        weight_bandwidth: bytes/s of weights that come from memory instead: what they take longer.
+        cache_bytes: of weights that stay in the cache until they are read again.
         convolution_rate: FLOP/s of large convolutions.
         attention_rates: FLOP/s of attention by the number of queries.
         bandwidth: bytes/s of elementwise operators, read and written together.
@@ -59,6 +66,8 @@ class Machine:
         (1, 2.6e10), (4, 9e10), (16, 1.4e11), (32, 1.65e11), (64, 1.75e11), (128, 1.9e11),
         (256, 2e11),
     )  # fmt: skip
+    weight_bandwidth: float = 4e10
+    cache_bytes: int = 2**24
     convolution_rate: float = 2e11
     attention_rates: Rates = ((8, 4e10), (32, 5e10), (128, 6e10), (1024, 7e10))
     bandwidth: float = 3e10
@@ -87,6 +96,7 @@ def rate_at(rates: Rates, rows: int) -> float:
 LEAST_RUNS, MOST_RUNS, ENOUGH_SECONDS = 2, 50, 0.05
 
 _known: dict[tuple[Path, str], Machine] = {}
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # of Linux
 
 
 def cache_file() -> Path:
@@ -211,6 +221,7 @@ def profile(device: torch.device, dtype: torch.dtype) -> Machine:
             whole = seconds(lambda some=rows[:count]: linear(some, weight, None))  # type: ignore[misc]
             rate = 2 * count * weight.numel() / max(whole - product_overhead, 1e-9)
             product_rates.append((count, max([rate, *(r for _, r in product_rates)])))
+        weight_bandwidth = _weight_bandwidth(rows[:COLD_ROWS], weight, seconds)
         wide, kernel = image(1, 320, 32), tensor(320, 320, 3, 3)
         whole = seconds(lambda: conv2d(wide, kernel, None, padding=(1, 1)))
         flops = 2 * 9 * 320**2 * 32**2
@@ -228,9 +239,42 @@ def profile(device: torch.device, dtype: torch.dtype) -> Machine:
             rate = 4 * 8 * count * q.shape[1] * 64 / max(whole - overhead, 1e-9)
             attention_rates.append((count, max([rate, *(r for _, r in attention_rates)])))
     return Machine(
-        overhead, product_overhead, view_overhead, tuple(product_rates), convolution_rate,
-        tuple(attention_rates), bandwidth, norm_bandwidth, kernel_bandwidth, device.type,
+        overhead, product_overhead, view_overhead, tuple(product_rates), weight_bandwidth,
+        _cache_bytes(device), convolution_rate, tuple(attention_rates), bandwidth, norm_bandwidth, kernel_bandwidth, device.type,
     )  # fmt: skip
+
+
+def _cache_bytes(device: torch.device) -> int:
+    """Half of the last cache: activations pass through it too, and so do other processes."""
+    if device.type == "cuda":
+        size = int(torch.cuda.get_device_properties(device).L2_cache_size)
+    else:
+        size = max(map(_size_of_cache, _CACHES.glob("index*")), default=0)
+    return size // 2 if size > 0 else Machine.cache_bytes
+
+
+def _size_of_cache(folder: Path) -> int:
+    """Bytes, or 0 where the system does not say."""
+    try:
+        found = re.fullmatch(r"(\d+)K", (folder / "size").read_text(encoding="ascii").strip())
+    except (OSError, ValueError):
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
+def _weight_bandwidth(
+    rows: Tensor, weight: Tensor, seconds: Callable[[Callable[[], Any]], float]
+) -> float:
+    """Bytes of weights over what they take longer from memory than from the cache."""
+    weights = [weight.clone() for _ in range(-(-COLD_BYTES // _bytes((weight,))))]
+
+    def each() -> None:
+        for one in weights:
+            linear(rows, one, None)
+
+    again = seconds(lambda: linear(rows, weight, None))
+    longer = seconds(each) / len(weights) - again
+    return _bytes((weight,)) / max(longer, 1e-3 * again)
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -319,6 +363,49 @@ def seconds_of(name: str, args: tuple[Any, ...], result: Any, rates: Machine) ->
     outputs = [out] if out is not None else []
     bandwidth = rates.norm_bandwidth if name in _NORMS else rates.bandwidth
     return rates.overhead + _bytes((*tensors, *outputs)) / bandwidth
+
+
+class Weights:
+    """The weights that products have read, in order: the last of them are in the cache."""
+
+    def __init__(self) -> None:
+        self._read = 0  # bytes
+        self._when: dict[tuple[int, int, int], int] = {}
+
+    def seconds(self, weights: Sequence[Tensor], rates: Machine, times: int = 1) -> float:
+        """What products take longer because of weights that come from memory.
+
+        Args:
+            weights: one after the other.
+            rates: of the machine.
+            times: so often.
+        """
+        size = _bytes(weights)
+        again = size if size > rates.cache_bytes else 0  # each has gone when its turn comes again
+        return self._missed(weights, rates) + max(times - 1, 0) * again / rates.weight_bandwidth
+
+    def _missed(self, weights: Sequence[Tensor], rates: Machine) -> float:
+        missed = 0
+        for weight in weights:
+            key = (weight.untyped_storage()._cdata, weight.storage_offset(), weight.numel())
+            size = _bytes((weight,))
+            self._read += size
+            before = self._when.get(key)
+            if before is None or self._read - before > rates.cache_bytes:
+                missed += size
+            self._when[key] = self._read
+        return missed / rates.weight_bandwidth
+
+
+def weights_of(name: str, args: tuple[Any, ...]) -> list[Tensor]:
+    """The weight among the arguments of a product; none for other operators.
+
+    Args:
+        name, args: as for :func:`seconds_of`.
+    """
+    place = {"linear": 1, "block_projection": 1, "mm": 1, "addmm": 2}.get(name)
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    return [] if place is None else tensors[place : place + 1]
 
 
 def attention_seconds(q: Tensor, k: Tensor, rates: Machine) -> float:

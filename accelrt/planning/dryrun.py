@@ -17,7 +17,7 @@ from accelrt.memory.arena import Arena, alignment_of
 from accelrt.memory.tracker import PeakTracker
 
 from .block_cost import block_seconds
-from .cost import Machine, attention_seconds, seconds_of
+from .cost import Machine, Weights, attention_seconds, seconds_of, weights_of
 
 #: Fewer queries or keys torch's attention on the CPU does not pack.
 FEWEST_PACKED = 64
@@ -103,6 +103,7 @@ class MetaKernels(TorchFunctionMode):
         self.rates = Machine() if rates is None else rates
         self.probe = Probe() if probe is None else probe
         self.seconds = 0.0
+        self.read = Weights()
         self.convolving = False  # an output is made, not a buffer
 
     def __torch_function__(
@@ -147,8 +148,13 @@ class MetaKernels(TorchFunctionMode):
         return k.new_empty((2, *k.shape))
 
     def _done(self, name: str, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        self.seconds += self.probe.repeats * seconds_of(name, args, out, self.rates)
+        self.seconds += self.probe.repeats * self.estimate(name, args, out)
         return out
+
+    def estimate(self, name: str, args: tuple[Any, ...], out: Any) -> float:
+        """Seconds of an operator, with what its weight takes longer if it is not in the cache."""
+        longer = self.read.seconds(weights_of(name, args), self.rates)
+        return longer + seconds_of(name, args, out, self.rates)
 
 
 def _convolved(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
@@ -249,9 +255,10 @@ class _Recorder(PeakTracker):  # type: ignore[no-untyped-call]
         name = func._schema.name.partition("::")[2]
         if name == "transformer_block":
             names = (argument.name for argument in func._schema.arguments)
-            seconds = block_seconds(dict(zip(names, args, strict=False)), self.rates)
+            named = dict(zip(names, args, strict=False))
+            seconds = block_seconds(named, self.rates, self.kernels.read)
         else:
-            seconds = seconds_of(name, values, result, self.rates)
+            seconds = self.kernels.estimate(name, values, result)
         self.seconds += self.probe.repeats * seconds
         if name != "empty" or self.kernels.convolving:
             self._slice_peak = max(self._slice_peak, self._own())
