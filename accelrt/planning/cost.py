@@ -2,9 +2,9 @@
 
 An operator takes ``overhead + flops / rate + bytes / bandwidth``. Short slices are slow: a
 matrix product reads its weights once per slice, so that its rate depends on the number of
-rows and is measured for several; where other weights have passed since, they come from memory
-again and not from the cache. A convolution also reorders them on the CPU, which counts as bytes of its kernel. The
-views that cut a slice out take time as well.
+rows and is measured for several; where other weights have passed since, they come from
+memory again and not from the cache. A convolution also reorders them on the CPU, which
+counts as bytes of its kernel. The views that cut a slice out take time as well.
 """
 
 from __future__ import annotations
@@ -240,7 +240,8 @@ def profile(device: torch.device, dtype: torch.dtype) -> Machine:
             attention_rates.append((count, max([rate, *(r for _, r in attention_rates)])))
     return Machine(
         overhead, product_overhead, view_overhead, tuple(product_rates), weight_bandwidth,
-        _cache_bytes(device), convolution_rate, tuple(attention_rates), bandwidth, norm_bandwidth, kernel_bandwidth, device.type,
+        _cache_bytes(device), convolution_rate, tuple(attention_rates), bandwidth, norm_bandwidth,
+        kernel_bandwidth, device.type,
     )  # fmt: skip
 
 
@@ -387,7 +388,8 @@ class Weights:
     def _missed(self, weights: Sequence[Tensor], rates: Machine) -> float:
         missed = 0
         for weight in weights:
-            key = (weight.untyped_storage()._cdata, weight.storage_offset(), weight.numel())
+            place = int(weight.storage_offset())
+            key = (weight.untyped_storage()._cdata, place, weight.numel())
             size = _bytes((weight,))
             self._read += size
             before = self._when.get(key)
