@@ -22,6 +22,10 @@ GEOMETRIES = [
     (40, 16, 4, 4, 8, (3, 3), 1, 1),  # many images in a tile
     (1, 6, 40, 700, 5, (1, 3), (2, 3), (0, 1)),  # several tiles in a row
     (1, 1000, 6, 6, 18, (3, 3), 1, 1),  # several panels of channels
+    (1, 999, 6, 6, 18, (3, 3), 1, 1),  # the same, the last pair is half
+    (1, 1024, 5, 7, 16, (3, 3), 1, 1),  # pairs of channels whose pixels crowd each other out
+    (3, 33, 5, 3, 20, (3, 3), 1, 1),  # narrow: two rows at a time, the last alone
+    (2, 17, 12, 8, 8, (3, 3), 2, 1),  # narrow, of a larger input
     (1, 40, 19, 11, 70, (2, 5), (3, 2), (4, 7)),  # windows that see padding alone
 ]
 

@@ -5,12 +5,12 @@
 // Output row y reads the rows y * stride - padding + [0, kh) of x, columns likewise; what lies
 // outside the image is zero, and out says how far the padding goes at the far ends.
 // out overlaps no input. Sums are in float32 and rounded once, after the bias.
-// Memory beside, per thread: a tile of x in float32 with its halo, kConv2dTileBytes at most (unless
-// that of a single output pixel is larger), and below 640 KiB whatever the weight: a panel of it,
-// the sums that wait between panels, some pixels past the tile. With tile registers, for bfloat16:
-// copies of a tile, twice kConv2dTileBytes at most, below 512 KiB of sums, and packed weights,
-// kConv2dPackBytes at most (unless a panel of 32 output channels is larger), which the threads
-// share.
+// Memory beside, per thread: a tile of x with its halo, in float32 or, for products of pairs, as it
+// is, kConv2dTileBytes at most (unless that of a single output pixel is larger), and below 640 KiB
+// whatever the weight: a panel of it, the sums that wait between panels, some pixels past the
+// tile. With tile registers, for bfloat16: copies of a tile, twice kConv2dTileBytes at most, below
+// 512 KiB of sums, and packed weights, kConv2dPackBytes at most (unless a panel of 32 output
+// channels is larger), which the threads share.
 #pragma once
 
 #include "accelrt/cpu_isa.h"

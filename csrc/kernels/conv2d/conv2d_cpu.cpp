@@ -1,13 +1,16 @@
-// A product without its matrix: a tile of x is widened to float32 with its halo and zeros for the
-// padding, [images][rows][columns][channels], so that output pixels beside each other are rows of
-// a matrix, `stride` pixels apart, and each tap of the kernel is an offset. Blocks of kRows output
-// pixels by one panel of the weights (linear_parts.h) are summed in registers, over all taps.
+// A product without its matrix: a tile of x is copied with its halo and zeros for the padding,
+// [images][rows][columns][channels], so that output pixels beside each other are rows of a matrix,
+// `stride` pixels apart, and each tap of the kernel is an offset. Blocks of kRows output pixels by
+// one panel of the weights (linear_parts.h) are summed in registers, over all taps. Channels are
+// counted in the units of linear_parts.h: pairs of bfloat16 where the processor multiplies those,
+// else floats, to which other dtypes are widened.
 //
 // A panel holds all taps of as many channels as the second-level cache takes; where that is not
 // all of them, the sums of a tile wait in memory between panels. Panels are made anew for every
 // tile, which costs as much as a dozen of its pixels, so no copy of the weights is kept.
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "accelrt/dispatch.h"
 #include "accelrt/parallel.h"
@@ -20,10 +23,14 @@ namespace ACCELRT_ISA {
 namespace {
 
 using linear_parts::kColumns;
+using linear_parts::kPairs;
+using linear_parts::kUnit;
 using linear_parts::kVecs;
+using linear_parts::load_units;
 using linear_parts::make_lines;
 using linear_parts::multiply_add;
 using linear_parts::round_up;
+using linear_parts::units_of;
 
 #if defined(__AVX512F__)
 constexpr int kRows = 12;  // with two vectors 24 sums, of 32 registers
@@ -34,7 +41,7 @@ constexpr int kFew = kRows / 3;
 constexpr int kMore = 2 * kRows / 3;
 
 // Output pixels of a tile, at most: many, to make up for its panels.
-constexpr int64_t kPixels = 128 * kRows;
+constexpr int64_t kPixels = 768;
 // Output columns of a tile, where the kernel has columns: more make the halo no smaller.
 constexpr int64_t kMaxColumns = 256;
 // Rows of a panel: a fourth of a mebibyte.
@@ -51,22 +58,23 @@ int64_t even(int64_t total, int64_t size) { return pieces(total, pieces(total, s
 struct Tiling {
   int64_t images, rows, columns;  // of the output, in a tile
   int64_t in_rows, in_columns;
-  int64_t pixel;  // floats between pixels
-  int64_t floats() const { return images * in_rows * in_columns * pixel; }
+  int64_t pixel;  // units between pixels
+  int64_t units() const { return images * in_rows * in_columns * pixel; }
 };
 
-Tiling tiling_with(const Conv2dParams& p, int64_t images, int64_t rows, int64_t columns) {
+Tiling tiling_with(const Conv2dParams& p, int64_t units, int64_t images, int64_t rows,
+                   int64_t columns) {
   Tiling t;
   t.images = even(p.images, images);
   t.rows = even(p.out_height, rows);
   t.columns = even(p.out_width, columns);
   t.in_rows = (t.rows - 1) * p.stride_height + p.kernel_height;
   t.in_columns = (t.columns - 1) * p.stride_width + p.kernel_width;
-  t.pixel = p.channels + (p.channels % kCrowded == 0 ? kLanes : 0);
+  t.pixel = units + (units % kCrowded == 0 ? kLanes : 0);
   return t;
 }
 
-Tiling tiling_of(const Conv2dParams& p) {
+Tiling tiling_of(const Conv2dParams& p, int64_t units) {
   int64_t rows, columns;
   if (p.kernel_width == 1 && p.kernel_height > 1) {  // a halo of rows alone: few columns
     rows = std::min<int64_t>(p.out_height, kPixels / kRows);
@@ -77,8 +85,8 @@ Tiling tiling_of(const Conv2dParams& p) {
   }
   const bool whole = rows == p.out_height && columns == p.out_width;
   int64_t images = whole ? std::max<int64_t>(1, kPixels / (rows * columns)) : 1;
-  Tiling t = tiling_with(p, images, rows, columns);
-  while (t.floats() * 4 > kConv2dTileBytes && t.images * t.rows * t.columns > 1) {
+  Tiling t = tiling_with(p, units, images, rows, columns);
+  while (t.units() * 4 > kConv2dTileBytes && t.images * t.rows * t.columns > 1) {
     if (t.images > 1) {
       images = t.images / 2;
     } else if (t.rows > 1 && (t.rows > 4 || t.columns <= kRows)) {
@@ -86,7 +94,7 @@ Tiling tiling_of(const Conv2dParams& p) {
     } else {
       columns = t.columns / 2;
     }
-    t = tiling_with(p, images, rows, columns);
+    t = tiling_with(p, units, images, rows, columns);
   }
   return t;
 }
@@ -110,28 +118,35 @@ Tile tile_at(const Conv2dParams& p, const Tiling& t, int64_t index) {
   return tile;
 }
 
+// n elements to units; half of the last pair may be missing, and is zero then.
 template <typename T>
-void widen(const T* from, int64_t n, float* to) {
-  for_lanes(n, [&](int64_t i, int lanes) { store_any(to + i, lanes, load_any(from + i, lanes)); });
+void copy(const T* from, int64_t n, float* to) {
+  if constexpr (kPairs<T>) {
+    std::memcpy(to, from, sizeof(T) * static_cast<size_t>(n));
+    if (n % 2 != 0) std::memset(reinterpret_cast<char*>(to) + sizeof(T) * n, 0, sizeof(T));
+  } else {
+    for_lanes(n,
+              [&](int64_t i, int lanes) { store_any(to + i, lanes, load_any(from + i, lanes)); });
+  }
 }
 
 // The input of a tile to `target`.
 template <typename T>
 void gather(const Conv2dParams& p, const Tiling& t, const Tile& tile, float* target) {
   const T* x = static_cast<const T*>(p.x);
-  const int64_t row_floats = t.in_columns * t.pixel;
+  const int64_t row_units = t.in_columns * t.pixel;
   const int64_t first_row = tile.row * p.stride_height - p.padding_top;
   const int64_t first_column = tile.column * p.stride_width - p.padding_left;
   // The columns [begin, end) of the tile lie in the image.
   const int64_t begin = std::clamp<int64_t>(-first_column, 0, t.in_columns);
   const int64_t end = std::clamp<int64_t>(p.width - first_column, begin, t.in_columns);
-  const bool dense = p.x_stride[2] == p.channels && t.pixel == p.channels;
+  const bool dense = p.x_stride[2] == p.channels && t.pixel * kUnit<T> == p.channels;
   for (int64_t i = 0; i < tile.images; ++i) {
     for (int64_t r = 0; r < t.in_rows; ++r) {
-      float* to = target + (i * t.in_rows + r) * row_floats;
+      float* to = target + (i * t.in_rows + r) * row_units;
       const int64_t row = first_row + r;
       if (row < 0 || row >= p.height || begin == end) {
-        std::memset(to, 0, sizeof(float) * static_cast<size_t>(row_floats));
+        std::memset(to, 0, sizeof(float) * static_cast<size_t>(row_units));
         continue;
       }
       std::memset(to, 0, sizeof(float) * static_cast<size_t>(begin * t.pixel));
@@ -140,52 +155,92 @@ void gather(const Conv2dParams& p, const Tiling& t, const Tile& tile, float* tar
       const T* from = x + (tile.image + i) * p.x_stride[0] + row * p.x_stride[1] +
                       (first_column + begin) * p.x_stride[2];
       if (dense) {
-        widen(from, (end - begin) * p.channels, to + begin * t.pixel);
+        copy(from, (end - begin) * p.channels, to + begin * t.pixel);
         continue;
       }
       for (int64_t c = begin; c < end; ++c, from += p.x_stride[2]) {
-        widen(from, p.channels, to + c * t.pixel);
+        copy(from, p.channels, to + c * t.pixel);
       }
     }
   }
 }
 
-// The channels [from, to) of the rows of the weights that make the output channels from `first`,
-// to panel: [taps][to - from][kColumns], zeros past the last output channel.
+// Rows [0, count) of the weights, of which `length` elements lie beside each other, some taps of a
+// channel after those of another, to their place in the panel.
+template <typename T>
+void pack_by_channel(const T* corner, int64_t row, int64_t count, int64_t length, int64_t taps,
+                     int64_t depth, float* column) {
+  int64_t tap = 0;
+  int64_t channel = 0;
+  for (int64_t u = 0; u < length; u += kLanes) {
+    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, length - u));
+    VFloat block[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      block[i] = i < count ? load_any(corner + i * row + u, lanes).v : VFloat{};
+    }
+    transpose(block);
+    for (int i = 0; i < lanes; ++i) {
+      float* place = column + (tap * depth + channel / kUnit<T>)*kColumns;
+#if defined(__AVX512BF16__)
+      if constexpr (kPairs<T>) {  // the first of a pair is the lower half of its word
+        __m512i word = _mm512_castps_si512((__m512)block[i]);
+        if (channel % 2 == 0) {
+          word = _mm512_srli_epi32(word, 16);
+        } else {
+          word = _mm512_or_si512(word, _mm512_load_si512(place));
+        }
+        _mm512_store_si512(place, word);
+      } else {
+        store(place, block[i]);
+      }
+#else
+      store(place, block[i]);
+#endif
+      if (++tap == taps) {
+        tap = 0;
+        ++channel;
+      }
+    }
+  }
+}
+
+// The same of channels that lie beside each other, for each of the taps, `step` elements apart.
+template <typename T>
+void pack_by_tap(const T* corner, int64_t row, int64_t count, int64_t length, int64_t taps,
+                 int64_t step, int64_t depth, float* column) {
+  for (int64_t tap = 0; tap < taps; ++tap, corner += step) {
+    for (int64_t u = 0; u < depth; u += kLanes) {
+      VFloat block[kLanes];
+      const int64_t left = length - u * kUnit<T>;
+      for (int i = 0; i < kLanes; ++i) {
+        const T* from = corner + i * row + u * kUnit<T>;
+        block[i] = i < count ? load_units(from, left) : VFloat{};
+      }
+      transpose(block);
+      const int64_t lanes = std::min<int64_t>(kLanes, depth - u);
+      for (int i = 0; i < lanes; ++i) store(column + (tap * depth + u + i) * kColumns, block[i]);
+    }
+  }
+}
+
+// The units [from, to) of the rows of the weights that make the output channels from `first`, to
+// panel: [taps][to - from][kColumns], zeros past the last output channel.
 template <typename T>
 void pack(const Conv2dParams& p, int64_t first, int64_t from, int64_t to, float* panel) {
   const int64_t taps = p.kernel_height * p.kernel_width;
-  const int64_t depth = to - from;
+  const int64_t channel = from * kUnit<T>;
+  const int64_t channels = std::min(to * kUnit<T>, p.channels) - channel;
   const int64_t row = p.channels * taps;
-  // Elements that lie beside each other, `runs` times: all taps of a channel, or all channels of
-  // a tap.
-  const bool last = p.weight_channels_last;
-  const int64_t runs = last ? taps : 1;
-  const int64_t length = last ? depth : depth * taps;
   for (int v = 0; v < kVecs; ++v) {
     const int64_t begin = first + v * kLanes;
-    const int64_t rows = std::clamp<int64_t>(p.out_channels - begin, 0, kLanes);
+    const int64_t count = std::clamp<int64_t>(p.out_channels - begin, 0, kLanes);
+    const T* corner = static_cast<const T*>(p.weight) + begin * row;
     float* column = panel + v * kLanes;
-    for (int64_t run = 0; run < runs; ++run) {
-      const T* corner = static_cast<const T*>(p.weight) + begin * row +
-                        (last ? run * p.channels + from : from * taps);
-      int64_t tap = run;
-      int64_t channel = 0;
-      for (int64_t u = 0; u < length; u += kLanes) {
-        const int lanes = static_cast<int>(std::min<int64_t>(kLanes, length - u));
-        VFloat block[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-          block[i] = i < rows ? load_any(corner + i * row + u, lanes).v : VFloat{};
-        }
-        transpose(block);
-        for (int i = 0; i < lanes; ++i) {
-          store(column + (tap * depth + channel) * kColumns, block[i]);
-          if (last || ++tap == taps) {
-            if (!last) tap = 0;
-            ++channel;
-          }
-        }
-      }
+    if (p.weight_channels_last) {
+      pack_by_tap<T>(corner + channel, row, count, channels, taps, p.channels, to - from, column);
+    } else {
+      pack_by_channel<T>(corner + channel * taps, row, count, channels * taps, taps, to - from,
+                         column);
     }
   }
 }
@@ -193,18 +248,19 @@ void pack(const Conv2dParams& p, int64_t first, int64_t from, int64_t to, float*
 // A panel and how to walk along the taps with it.
 struct Panel {
   const float* weights;
-  int64_t depth;  // channels
+  int64_t depth;  // units
   int64_t kernel_height, kernel_width;
-  int64_t next_row;  // floats between the rows and columns of the tile
+  int64_t next_row;  // units between the rows and columns of the tile
   int64_t next_column;
 };
 
-// The sums of kCount output pixels, `stride` floats apart, from x on.
+// The sums of kCount output pixels from x on: groups of kGroup pixels, `group` units apart, of
+// pixels that are `stride` units apart.
 // Not inlined: among the code around it g++ may spill one of the sums in every turn.
-template <int kCount>
-__attribute__((noinline)) void multiply(const float* x, int64_t stride, const Panel& panel,
-                                        VFloat* result) {
-  constexpr int kBases = (kCount + 2) / 3;
+template <typename Unit, int kCount, int kGroup = 3>
+__attribute__((noinline)) void multiply(const float* x, int64_t stride, int64_t group,
+                                        const Panel& panel, VFloat* result) {
+  constexpr int kBases = (kCount + kGroup - 1) / kGroup;
   VFloat sums[kCount * kVecs];
   unrolled<kCount * kVecs>([&](auto i) { sums[i] = VFloat{}; });
   const float* weights = panel.weights;
@@ -212,7 +268,7 @@ __attribute__((noinline)) void multiply(const float* x, int64_t stride, const Pa
     for (int64_t dx = 0; dx < panel.kernel_width; ++dx) {
       const float* corner = x + dy * panel.next_row + dx * panel.next_column;
       const float* base[kBases];
-      unrolled<kBases>([&](auto b) { base[b] = corner + 3 * b * stride; });
+      unrolled<kBases>([&](auto b) { base[b] = corner + b * group; });
 #pragma GCC unroll 1
       for (int64_t u = 0; u < panel.depth; ++u) {
         VFloat w[kVecs];
@@ -221,7 +277,7 @@ __attribute__((noinline)) void multiply(const float* x, int64_t stride, const Pa
         unrolled<kCount>([&](auto r) {
           unrolled<kVecs>([&](auto v) {
             VFloat& sum = sums[r * kVecs + v];
-            sum = multiply_add<float>(base[r / 3] + r % 3 * stride, w[v], sum);
+            sum = multiply_add<Unit>(base[r / kGroup] + r % kGroup * stride, w[v], sum);
           });
         });
         unrolled<kBases>([&](auto b) { base[b] += 1; });
@@ -258,41 +314,55 @@ void finish(const Conv2dParams& p, T* out, int64_t first, const VFloat* sums) {
   }
 }
 
-// A tile by the channels [from, to) of the panel of the output channels from `first`; `waiting`
-// has its sums, [pixels][kColumns], unless these are all the channels.
+// A tile by the units [from, to) of the panel of the output channels from `first`; `waiting`
+// has its sums, [pixels][kColumns], unless these are all of them.
 template <typename T>
 void multiply_tile(const Conv2dParams& p, const Tiling& t, const Tile& tile, const float* x,
                    const Panel& panel, int64_t first, int64_t from, int64_t to, float* waiting) {
+  using Unit = std::conditional_t<kPairs<T>, T, float>;
   const int64_t stride = p.stride_width * t.pixel;
+  const int64_t group = 3 * stride;
+  const int64_t next_row = p.stride_height * panel.next_row;
+  const bool last = to == units_of<T>(p.channels);
+  // Uses the sums of pixels beside each other.
+  const auto use = [&](int64_t image, int64_t row, int64_t column, int count, VFloat* sums) {
+    float* wait = waiting + ((image * tile.rows + row) * tile.columns + column) * kColumns;
+    if (from > 0) {
+      for (int k = 0; k < count * kVecs; ++k) {
+        sums[k] = (Vec(load(wait + k * kLanes)) + Vec(sums[k])).v;
+      }
+    }
+    if (!last) {
+      for (int k = 0; k < count * kVecs; ++k) store(wait + k * kLanes, sums[k]);
+      return;
+    }
+    T* out = static_cast<T*>(p.out) + (tile.image + image) * p.out_stride[0] +
+             (tile.row + row) * p.out_stride[1] + (tile.column + column) * p.out_stride[2];
+    for (int k = 0; k < count; ++k)
+      finish<T>(p, out + k * p.out_stride[2], first, sums + k * kVecs);
+  };
+  VFloat sums[kRows * kVecs];
   for (int64_t i = 0; i < tile.images; ++i) {
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const float* row = x + from + (i * t.in_rows + r * p.stride_height) * panel.next_row;
-      T* out = static_cast<T*>(p.out) + (tile.image + i) * p.out_stride[0] +
-               (tile.row + r) * p.out_stride[1] + tile.column * p.out_stride[2];
-      float* wait = waiting + (i * tile.rows + r) * tile.columns * kColumns;
+      const float* row = x + from + i * t.in_rows * panel.next_row + r * next_row;
+      if (tile.columns <= kFew && r + 1 < tile.rows) {
+        // A product waits for the one before on the same sums: few of them leave it idle.
+        multiply<Unit, kMore, kFew>(row, stride, next_row, panel, sums);
+        const int count = static_cast<int>(tile.columns);
+        use(i, r, 0, count, sums);
+        use(i, ++r, 0, count, sums + kFew * kVecs);
+        continue;
+      }
       for (int64_t c = 0; c < tile.columns;) {
         const auto [count, taken] = next_block(tile.columns - c);
-        VFloat sums[kRows * kVecs];
         if (taken == kFew) {
-          multiply<kFew>(row + c * stride, stride, panel, sums);
+          multiply<Unit, kFew>(row + c * stride, stride, group, panel, sums);
         } else if (taken == kMore) {
-          multiply<kMore>(row + c * stride, stride, panel, sums);
+          multiply<Unit, kMore>(row + c * stride, stride, group, panel, sums);
         } else {
-          multiply<kRows>(row + c * stride, stride, panel, sums);
+          multiply<Unit, kRows>(row + c * stride, stride, group, panel, sums);
         }
-        if (from > 0) {
-          for (int k = 0; k < count * kVecs; ++k) {
-            const Vec before = load(wait + c * kColumns + k * kLanes);
-            sums[k] = (before + Vec(sums[k])).v;
-          }
-        }
-        if (to < p.channels) {
-          for (int k = 0; k < count * kVecs; ++k) store(wait + c * kColumns + k * kLanes, sums[k]);
-        } else {
-          for (int k = 0; k < count; ++k) {
-            finish<T>(p, out + (c + k) * p.out_stride[2], first, sums + k * kVecs);
-          }
-        }
+        use(i, r, c, count, sums);
         c += count;
       }
     }
@@ -314,15 +384,16 @@ Conv2dParams with_long_rows(Conv2dParams p) {
 template <typename T>
 void run(const Conv2dParams& given) {
   const Conv2dParams p = with_long_rows(given);
-  const Tiling t = tiling_of(p);
+  const int64_t units = units_of<T>(p.channels);
+  const Tiling t = tiling_of(p, units);
   const int64_t taps = p.kernel_height * p.kernel_width;
   const int64_t tiles =
       pieces(p.images, t.images) * pieces(p.out_height, t.rows) * pieces(p.out_width, t.columns);
   const int64_t panels = pieces(p.out_channels, kColumns);
-  const int64_t depth = std::min(p.channels, std::max<int64_t>(kMaxDepth / taps, 1));
-  const int64_t step = p.channels == 0 ? 1 : even(p.channels, depth);
+  const int64_t depth = std::min(units, std::max<int64_t>(kMaxDepth / taps, 1));
+  const int64_t step = units == 0 ? 1 : even(units, depth);
   // A block at the end of the last row reads up to kRows pixels past it.
-  const int64_t tile_floats = round_up(t.floats() + kRows * p.stride_width * t.pixel, kLanes);
+  const int64_t tile_floats = round_up(t.units() + kRows * p.stride_width * t.pixel, kLanes);
   const int64_t panel_floats = step * taps * kColumns;
   const int64_t wait_floats = t.images * t.rows * t.columns * kColumns;
   // Small convolutions stay on one thread.
@@ -335,7 +406,7 @@ void run(const Conv2dParams& given) {
         float* weights = memory[0].values;
         float* waiting = weights + panel_floats;
         float* x = waiting + wait_floats;
-        std::memset(x + t.floats(), 0, sizeof(float) * (tile_floats - t.floats()));
+        std::memset(x + t.units(), 0, sizeof(float) * (tile_floats - t.units()));
         int64_t gathered = -1;
         Tile tile{};
         for (int64_t i = begin; i < end; ++i) {
@@ -345,8 +416,8 @@ void run(const Conv2dParams& given) {
             gather<T>(p, t, tile, x);
           }
           const int64_t first = i % panels * kColumns;
-          for (int64_t from = 0; from == 0 || from < p.channels; from += step) {
-            const int64_t to = std::min(from + step, p.channels);
+          for (int64_t from = 0; from == 0 || from < units; from += step) {
+            const int64_t to = std::min(from + step, units);
             pack<T>(p, first, from, to, weights);
             const Panel panel{
                 weights, to - from, p.kernel_height, p.kernel_width, t.in_columns * t.pixel,
