@@ -29,7 +29,7 @@ from accelrt.files import write_text
 from accelrt.groups.convolve import conv2d
 from accelrt.groups.products import attention, linear
 
-VERSION = 5
+VERSION = 6
 
 #: Pairs of rows and FLOP/s, by rows.
 Rates = tuple[tuple[int, float], ...]
@@ -326,6 +326,8 @@ _NORMS = frozenset(
 _PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm", "linear", "block_projection"))
 # The library's and ours: [.., M, K] and a weight [N, K] come first.
 _ROWS_AND_WEIGHT = frozenset(("linear", "block_projection"))
+_CONVOLUTIONS = frozenset(("convolution", "_convolution", "conv2d"))
+_WEIGHT_SECOND = _ROWS_AND_WEIGHT | _CONVOLUTIONS | {"mm"}
 
 
 def seconds_of(name: str, args: tuple[Any, ...], result: Any, rates: Machine) -> float:
@@ -343,7 +345,7 @@ def seconds_of(name: str, args: tuple[Any, ...], result: Any, rates: Machine) ->
     out = result if isinstance(result, Tensor) else None
     if name == "conv2d" and len(tensors) > 2:  # ours: the output comes last
         out = tensors[-1]
-    if name in ("convolution", "_convolution", "conv2d") and out is not None and len(tensors) > 1:
+    if name in _CONVOLUTIONS and out is not None and len(tensors) > 1:
         weight = tensors[1]
         return rates.overhead + (
             2 * out.numel() * weight[0].numel() / rates.convolution_rate
@@ -405,7 +407,7 @@ def weights_of(name: str, args: tuple[Any, ...]) -> list[Tensor]:
     Args:
         name, args: as for :func:`seconds_of`.
     """
-    place = {"linear": 1, "block_projection": 1, "mm": 1, "addmm": 2}.get(name)
+    place = 2 if name == "addmm" else 1 if name in _WEIGHT_SECOND else None
     tensors = [a for a in args if isinstance(a, Tensor)]
     return [] if place is None else tensors[place : place + 1]
 
