@@ -102,7 +102,7 @@ class Config(Settings):
         memory_budget: what a whole call may take: a number of bytes, a string such as
             ``"4GiB"``, ``"auto"`` (what the device has free, less a tenth) or ``"min"`` (for
             the denoiser and the VAE, the smallest exact plan that is estimated at no more than
-            1.15 times the time; a number may ask for less). Of a pipeline, its weights count;
+            1.1 times the time; a number may ask for less). Of a pipeline, its weights count;
             of a single model, what its forward allocates. Every new size of call is planned
             before it runs. ``None``: no plan.
         cuda_graphs: on CUDA, capture the passes of a denoiser as CUDA graphs and launch those.

@@ -20,7 +20,7 @@ from .search import Found, Model, finish, loosest, lowered, search, smallest
 #: How often a plan is tightened because its arena has gaps.
 TIGHTENINGS = 4
 #: By the estimates, how much longer the plan of "min" may take than the fastest.
-SLOWER_AT_MOST = 1.15
+SLOWER_AT_MOST = 1.1
 #: How finely its memory is looked for, as a share of it.
 LIMIT_STEP = 0.01
 
