@@ -18,12 +18,31 @@ The fused operators are in :mod:`accelrt.ops`, their pure-torch truth in
 :mod:`accelrt.reference`, memory measurement in :mod:`accelrt.memory`.
 """
 
+from typing import TYPE_CHECKING
+
+from accelrt import lazy
 from accelrt.config import Config
 from accelrt.errors import BudgetError, UnsupportedModelError
-from accelrt.profiling import Profile, profile
-from accelrt.quality.calibrate import calibrate
-from accelrt.steps import Rehash
+
+# Not at its first use: `accelrt.wrap` is this function, and would be the module of the same name
+# where that came later. What it imports for itself is light.
 from accelrt.wrap import is_wrapped, plan, reset, summary, unwrap, wrap
+
+if TYPE_CHECKING:
+    from accelrt.profiling import Profile, profile
+    from accelrt.quality.calibrate import calibrate
+    from accelrt.steps import Rehash
+else:
+    __getattr__, __dir__ = lazy.attributes(
+        __name__,
+        {
+            "Profile": "accelrt.profiling",
+            "Rehash": "accelrt.steps",
+            "_C": "accelrt.extension",
+            "calibrate": "accelrt.quality.calibrate",
+            "profile": "accelrt.profiling",
+        },
+    )
 
 __version__ = "0.1.0"
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 if TYPE_CHECKING:
+    from torch import nn
+
     from accelrt.models.forward import Forward
 
 Slot = tuple[Callable[[], Any], Callable[[Any], None], Callable[[], None]]

@@ -1,29 +1,32 @@
-"""Wrap and unwrap: the swap of forwards, and its undoing."""
+"""Wrap and unwrap: the swap of forwards, and its undoing.
+
+``import accelrt`` imports this module: what takes a while is imported by the functions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from accelrt.config import Config
 from accelrt.errors import UnsupportedModelError
 from accelrt.files import read_json
-from accelrt.report import Summary, describe
 from accelrt.swap import find, restore, swap
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from accelrt.feedback.module import FeedbackModule
     from accelrt.models.forward import Forward
     from accelrt.planning.budget import BudgetPlanner
     from accelrt.planning.plan import Plan
+    from accelrt.report import Summary
     from accelrt.steps.graphs import GraphCache
     from accelrt.steps.rehash import Rehash
     from accelrt.steps.session import Tracker
 
-Part = tuple[nn.Module, str, Any]
+    Part = tuple[nn.Module, str, Any]
 
 
 def wrap(
@@ -250,7 +253,7 @@ def _planner(target: Any, config: Config) -> BudgetPlanner | None:
 
     spec = parse_budget(config.memory_budget)
     modules = list(_modules(target).values())
-    planner = BudgetPlanner(spec, config, modules, standalone=isinstance(target, nn.Module))
+    planner = BudgetPlanner(spec, config, modules, standalone=_is_module(target))
     planner.check_weights()
     return planner
 
@@ -309,7 +312,7 @@ def plan(
     return plan_parts(
         parts, _modules(pipe_or_model), config, shape,
         takes_image=takes_image(pipe_or_model),
-        standalone=isinstance(pipe_or_model, nn.Module),
+        standalone=_is_module(pipe_or_model),
         stock=True,
     )  # fmt: skip
 
@@ -356,11 +359,12 @@ def summary(pipe_or_model: Any) -> Summary:
     if not found:
         raise ValueError(f"{type(pipe_or_model).__name__} is not wrapped; call accelrt.wrap first")
     from accelrt.models import parts_of
+    from accelrt.report import describe
 
     unsupported = {
         name: type(component).__name__
         for name, component in _components(pipe_or_model).items()
-        if isinstance(component, nn.Module) and not parts_of(component)
+        if _is_module(component) and not parts_of(component)
     }
     return describe(found, unsupported)
 
@@ -371,9 +375,15 @@ def forwards(pipe_or_model: Any) -> list[tuple[str, Forward]]:
     return [(name, forward) for name, forward in named if forward is not None]
 
 
+def _is_module(value: Any) -> TypeGuard[nn.Module]:
+    from torch import nn
+
+    return isinstance(value, nn.Module)
+
+
 def _components(target: Any) -> Mapping[str, Any]:
     """A pipeline's components by name; a model alone has the name ``""``."""
-    if isinstance(target, nn.Module):
+    if _is_module(target):
         return {"": target}
     components = getattr(target, "components", None)
     return components if isinstance(components, Mapping) else {}
@@ -382,7 +392,7 @@ def _components(target: Any) -> Mapping[str, Any]:
 def _modules(target: Any) -> dict[str, nn.Module]:
     """The components that have weights."""
     components = _components(target).items()
-    return {name: part for name, part in components if isinstance(part, nn.Module)}
+    return {name: part for name, part in components if _is_module(part)}
 
 
 def _parts(target: Any) -> list[Part]:
@@ -392,7 +402,7 @@ def _parts(target: Any) -> list[Part]:
     parts: list[Part] = []
     seen: set[int] = set()
     for name, component in _components(target).items():
-        if not isinstance(component, nn.Module) or id(component) in seen:
+        if not _is_module(component) or id(component) in seen:
             continue
         seen.add(id(component))
         for path, family in parts_of(component):

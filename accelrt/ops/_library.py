@@ -8,14 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-try:
-    from accelrt import _C
-except ImportError as error:
-    raise ImportError(
-        "accelrt's compiled extension is missing or does not load "
-        f"({error}). Build it with `pip install .` in the source folder; "
-        "`accelrt doctor` then says what was built."
-    ) from error
+from accelrt import _C
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from accelrt._C import OffsetPlan
 from accelrt.groups.slicing import Probe, probing
 from accelrt.memory.arena import Arena, alignment_of
 from accelrt.memory.tracker import PeakTracker
 
 from .block_cost import block_seconds
 from .cost import Machine, Weights, attention_seconds, seconds_of, weights_of
+
+if TYPE_CHECKING:
+    from accelrt._C import OffsetPlan
 
 #: Fewer queries or keys torch's attention on the CPU does not pack.
 FEWEST_PACKED = 64
