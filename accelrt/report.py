@@ -15,6 +15,8 @@ from accelrt.steps.inner_loop import InnerLoop
 from accelrt.steps.report import FeedbackReport, StepsReport, report_of
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from accelrt.models.forward import Forward
 
 
@@ -88,6 +90,12 @@ class Summary:
             "graphs": [asdict(report) for report in self.graphs],
             "unpipelined": dict(self.unpipelined),
         }
+
+    def __rich__(self) -> Text:
+        """The same for ``rich.print``, which would show the attributes."""
+        from rich.text import Text
+
+        return Text(str(self))
 
     def __str__(self) -> str:
         header = ("component", "stage", "group", "status", "slice", "reason")

@@ -332,6 +332,19 @@ def test_folders_of_pipelines_name_only_what_is_in_them(tmp_path: Path) -> None:
         from_folder(folder, torch.float32)
 
 
+def test_a_schedule_by_its_folder(tmp_path: Path) -> None:
+    """As `accelrt calibrate --out FOLDER` leaves it; what is wrong there is told of the file."""
+    rehash = Rehash.from_dict(SCHEDULE)
+    rehash.save(tmp_path / "schedule.json")
+    assert Rehash.load(tmp_path) == Rehash.load(str(tmp_path)) == rehash
+    (tmp_path / "schedule.json").write_text("{")
+    with pytest.raises(ValueError, match=r"schedule\.json: not valid JSON"):
+        Rehash.load(tmp_path)
+    (tmp_path / "schedule.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"schedule\.json"):
+        Rehash.load(tmp_path)
+
+
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "schedule.json"
     old = Rehash(Interval(3), Taylor(1))

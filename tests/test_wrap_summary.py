@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import model_zoo as zoo
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNetMotionModel
 from model_zoo import one_thread  # noqa: F401
+from rich.console import Console
 
 import accelrt
 from accelrt.models import execute
@@ -71,6 +73,15 @@ def test_summary_before_and_after_a_call() -> None:
     assert "an embedding" in text
     counts = summary.counts()
     assert f"{counts['fused']} fused" in text.splitlines()[-1]
+
+
+def test_rich_prints_summary_and_plan_as_print_does() -> None:
+    model = accelrt.wrap(zoo.tiny_dit())
+    plan = accelrt.plan(zoo.tiny_dit().to("meta"), memory_budget="min")
+    for shown in (accelrt.summary(model), plan):
+        text = io.StringIO()
+        Console(file=text, width=300).print(shown)
+        assert text.getvalue().rstrip("\n") == str(shown).rstrip("\n")
 
 
 def test_unfused_says_so() -> None:

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from accelrt.quality import SearchResult
     from accelrt.steps import Calibration, Rehash
 
-SCHEDULE, CALIBRATION = "schedule.json", "calibration.json"
-SIMILARITY, FRONT = "similarity.png", "front.png"
+CALIBRATION, SIMILARITY, FRONT = "calibration.json", "similarity.png", "front.png"
 
 
 @user_errors
@@ -89,7 +88,7 @@ def calibrate(
 
     Without a target Step Rehash as published: the similarity map of the features, the greedy
     key steps, reuse in between. With --psnr or --speedup boundaries, predictors and schedules
-    are searched and measured. `accelrt.wrap(pipe, rehash="FOLDER/schedule.json")` uses it.
+    are searched and measured. `accelrt.wrap(pipe, rehash="FOLDER")` uses it.
     """
     options = {
         "--gamma": gamma, "--computed": computed, "--psnr": psnr, "--speedup": speedup,
@@ -217,8 +216,10 @@ def _searched(
 
 
 def _write(made: _Made, out: Path) -> list[Path]:
-    names = [SCHEDULE, CALIBRATION, SIMILARITY]
-    made.rehash.save(out / SCHEDULE, about=made.about())
+    from accelrt.steps.rehash import FILE_NAME
+
+    names = [FILE_NAME, CALIBRATION, SIMILARITY]
+    made.rehash.save(out / FILE_NAME, about=made.about())
     made.calibration.save(out / CALIBRATION)
     made.calibration.plot(out / SIMILARITY, made.keys)
     if made.result.psnr_db is not None or made.result.speedup is not None:

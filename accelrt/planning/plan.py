@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,12 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values."""
         return {**asdict(self), "peak_bytes": self.peak_bytes, "binding": self.binding}
+
+    def __rich__(self) -> Text:
+        """The same for ``rich.print``, which would show the attributes."""
+        from rich.text import Text
+
+        return Text(str(self))
 
     def __str__(self) -> str:
         from .render import plan_text

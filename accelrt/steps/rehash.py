@@ -17,6 +17,8 @@ from .policies import Interval, Policy, Schedule, Threshold, Verified
 from .predictors import AdamsBashforth, Hermite, LearnedLinear, Predictor, Reuse, Taylor
 
 FORMAT, VERSION = "accelrt-schedule", 1
+#: In the folder that ``accelrt calibrate`` writes.
+FILE_NAME = "schedule.json"
 FEATURES = ("auto", "hidden", "residual")
 TIMES = ("timestep", "step")
 
@@ -195,13 +197,14 @@ class Rehash:
 
     @classmethod
     def load(cls, path: str | Path) -> Rehash:
-        """Read a JSON file.
+        """Read a JSON file, or :data:`FILE_NAME` in a folder.
 
         Raises:
             ValueError: it does not parse, or holds something else; the message names the file.
             OSError: it cannot be read.
         """
-        return read_json(path, cls.from_dict)
+        path = Path(path)
+        return read_json(path / FILE_NAME if path.is_dir() else path, cls.from_dict)
 
 
 def _known(what: str, given: Mapping[str, Any], known: list[str]) -> None:
