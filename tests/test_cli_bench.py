@@ -426,6 +426,11 @@ def test_memory_of_a_whole_call(tmp_path: Path) -> None:
     assert call["process_bytes"] > call["weight_bytes"]
     assert {plan["path"] for plan in call["plans"]} == {"unet", "vae.decoder"}
     assert "AnimateDiff, 3 frames 16x32" in result.output
+    assert document["gpu"]["note"]
+    assert f"By the driver: {document['gpu']['note']}." in result.output
+    page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    keys = ", ".join(f"`{key}`" for key in document)
+    assert f"with `--memory`: {keys} |" in page
 
 
 def test_memory_refuses_what_it_cannot_do() -> None:
