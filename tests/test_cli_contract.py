@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -260,6 +261,29 @@ def test_what_is_wrong_is_named_before_any_work(folder: Path, tmp_path: Path) ->
             wrong.append((line, result.exit_code, result.stdout[-200:], said(result)[-300:]))
     assert not wrong, "\n".join(map(str, wrong))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "packages"),
+    [("plan", "matplotlib"), ("calibrate", "matplotlib"), ("profile", "matplotlib jinja2")],
+)
+def test_packages_for_results_are_missed_before_any_work(
+    name: str, packages: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+
+    def without(module: str, *more: Any) -> Any:
+        return None if module in packages.split() else find(module, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    monkeypatch.setattr("accelrt.cli.scenarios.load_pipeline", None)
+    monkeypatch.setattr("accelrt.cli.plan._target", None)
+    out = tmp_path / ("plan.png" if name == "plan" else "out")
+    result = run(name, "--model", folder, "--out", out, "--json")
+    assert result.exit_code == 2, result.output
+    assert f"pip install {packages}" in said(result)
+    assert not list(tmp_path.glob("*.png"))
+    assert not out.exists()
 
 
 def test_places_for_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
