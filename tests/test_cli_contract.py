@@ -24,6 +24,8 @@ from typer.testing import CliRunner
 from accelrt.cli import app, errors
 from accelrt.cli.app import FINDINGS
 from accelrt.cli.common import check_file, check_folder, print_json
+from accelrt.config import Config
+from accelrt.models.forward import Forward
 from accelrt.planning import cost
 from accelrt.profiling import ceilings
 
@@ -104,10 +106,24 @@ TRAINING = (
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_standard_output_is_the_documented_json(
-    name: str, folder: Path, tmp_path: Path
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And the settings of a file reach whatever is wrapped."""
     (tmp_path / "training.yaml").write_text(TRAINING)
-    result = run(*calls(name, folder, tmp_path / "out"), "--json")
+    (tmp_path / "settings.yaml").write_text("ff_rows: 777\n")
+    rows: set[int | None] = set()
+    made = Forward.__init__
+
+    def make(self: Forward, module: Any, family: Any, config: Config, *more: Any) -> None:
+        rows.add(config.ff_rows)
+        made(self, module, family, config, *more)
+
+    monkeypatch.setattr(Forward, "__init__", make)
+    words = calls(name, folder, tmp_path / "out")
+    configured = name not in ("doctor", "distill")
+    words += ["--config", tmp_path / "settings.yaml"] if configured else []
+    result = run(*words, "--json")
+    assert rows == ({777} if configured else set())
     assert result.exit_code in ((0, 1) if name in FINDINGS else (0,)), result.output
     found = strict(result.stdout)
     documented = re.split(r"; with|, and of", table("JSON")[name])[0]
