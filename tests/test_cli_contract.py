@@ -124,6 +124,12 @@ def test_the_standard_output_is_the_documented_json(
     words += ["--config", tmp_path / "settings.yaml"] if configured else []
     result = run(*words, "--json")
     assert rows == ({777} if configured else set())
+    # What takes a while is seen to go on, on the error output, to the end.
+    if name == "bench":
+        assert re.findall(r"^dit: (\w+)", result.stderr, re.MULTILINE)[0] == "count"
+    elif name not in ("doctor", "plan"):
+        ((done, total),) = re.findall(r" (\d+)/(\d+) +\d:\d\d:\d\d ", result.stderr)
+        assert done == total
     assert result.exit_code in ((0, 1) if name in FINDINGS else (0,)), result.output
     found = strict(result.stdout)
     documented = re.split(r"; with|, and of", table("JSON")[name])[0]

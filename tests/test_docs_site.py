@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import docs_pages
+import model_zoo as zoo
 import pytest
 import yaml
 from test_packaging import tomllib
 
+import accelrt
 from accelrt import Config
 from accelrt.files import parse_yaml
 
@@ -186,3 +190,14 @@ def test_the_script_that_asks(code: int, said: str) -> None:
     stand_in = f"accelrt() {{ return {code}; }}\n"
     done = subprocess.run(["bash", "-c", stand_in + script], capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == (said, "")
+
+
+def test_the_line_that_reads_a_plan() -> None:
+    text = (DOCS / "cli.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"--json \| python -c '([^']+)'", text)
+    plan = accelrt.plan(zoo.tiny_dit(), memory_budget="min")
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(plan.to_dict()), capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert (done.stdout.strip(), done.stderr) == (str(plan.peak_bytes), "")
