@@ -14,6 +14,7 @@ import model_zoo as zoo
 import pytest
 import torch
 import yaml
+from diffusers import ModelMixin
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -185,9 +186,11 @@ HOSTILE = {
     "infinity": b'{"slice_mib": Infinity}',
     "empty": b" ",
     "aliases": b"a: &a [x, x]\nb: &b [*a, *a]\nff_rows: [*b, *b]\n",
+    "an alias": b"ff_rows: &a 3\nvae_images: *a\n",
     "its own alias": b"&a [*a]",
     "two documents": b"--- 1\n--- 2\n",
     "python object": b"!!python/object/apply:os.getcwd []",
+    "python call": b"ff_rows: !!python/object/apply:builtins.int ['3']",
     "python name": b"ff_rows: !!python/name:os.getcwd",
     "tagged int": b"ff_rows: !!int ''",
     "tagged bool": b"fuse: !!bool maybe",
@@ -305,6 +308,13 @@ def test_feedback_folders_with_other_files(module_folder: Path, tmp_path: Path) 
     assert isinstance(nested, FeedbackModule)
     with pytest.raises(OSError, match=r"config\.json"):
         FeedbackModule.from_pretrained(tmp_path / "none", local_files_only=True)
+
+
+def test_feedback_modules_of_the_hub_are_not_unpickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(ModelMixin, "from_pretrained", lambda name, **more: asked.update(more))
+    FeedbackModule.from_pretrained("owner/name", use_safetensors=False)
+    assert asked == {"use_safetensors": True}
 
 
 def test_pipelines_are_not_unpickled(tmp_path: Path) -> None:
