@@ -351,10 +351,15 @@ def test_fork_after_import() -> None:
     assert done.stdout.strip() == "both", done.stderr[-3000:]
 
 
-def test_five_hundred_requests_of_changing_shapes_keep_nothing() -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{"rehash": Rehash(Interval(2, warmup_steps=1), Taylor(1))}, {"memory_budget": "64MiB"}],
+    ids=["rehash", "budget"],
+)
+def test_five_hundred_requests_of_changing_shapes_keep_nothing(settings: dict[str, Any]) -> None:
     """Neither tensors nor other objects, nor memory of the process, grow with requests."""
     model = zoo.tiny_dit()
-    accelrt.wrap(model, rehash=Rehash(Interval(2, warmup_steps=1), Taylor(1)))
+    accelrt.wrap(model, **settings)
     process = psutil.Process()
     counts: list[tuple[int, int]] = []
     with torch.no_grad():
