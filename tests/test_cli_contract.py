@@ -236,8 +236,24 @@ def bad(folder: Path) -> list[tuple[str, str]]:
         (f"{name} --model {folder} --out {{}}/file", "allowed: a folder")
         for name in ("demo", "profile", "calibrate", "compare", "distill")
     ]
+    seeds = [
+        (f"{command} --seed {seed}", "allowed: an integer >= 0, below 2^63")
+        for command in (
+            f"demo --model {folder}", f"profile --model {folder}", f"compare --model {folder}",
+            f"calibrate --model {folder}", "bench --model dit --size tiny",
+        )
+        for seed in (2**63, -1)
+    ]  # fmt: skip
+    threads = [  # of a hundred thousand OpenMP crashes
+        (f"{name} --out {{}}/new --threads {count}", "Invalid value for '--threads'")
+        for name in (
+            *(f"{name} --model {folder}" for name in ("demo", "profile", "calibrate", "compare")),
+            f"distill --model {folder}", "bench --model dit",
+        )
+        for count in (0, 1025)
+    ]  # fmt: skip
     return [
-        *models, *configs, *outs,
+        *models, *configs, *outs, *seeds, *threads,
         ("bench --model dit --size tiny --config {}/key.yaml", "slice_of_bread"),
         ("bench --memory --model svd --size tiny --config {}/key.yaml", "slice_of_bread"),
         ("bench --memory --model svd --size tiny --budget much", "memory_budget is 'much'"),
@@ -260,6 +276,8 @@ def bad(folder: Path) -> list[tuple[str, str]]:
         (f"calibrate --model {folder} --psnr 40 --speedup 2", "do not go together"),
         (f"distill --model {folder} --out {{}}/new --data {{}}/gone", "--data is"),
         (f"distill --model {folder} --out {{}}/new --prompts {{}}/gone", "gone"),
+        (f"distill --model {folder} --out {{}}/new --prompts {{}}/binary.yaml", "yaml: 'utf"),
+        (f"distill --model {folder} --out {{}}/new --seed {2**63}", "below 2^63"),
     ]  # fmt: skip
 
 

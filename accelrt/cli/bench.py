@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from accelrt.benchmarking.progress import Progress
-from accelrt.cli.common import check_file, print_json
+from accelrt.cli.common import MOST_THREADS, check_file, check_seed, print_json
 from accelrt.cli.demo import Device, Dtype
 from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
 from accelrt.config import Config
@@ -72,7 +72,8 @@ def bench(
         ),
     ] = 3,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; default: torch's number.")
+        int | None,
+        typer.Option(min=1, max=MOST_THREADS, help="CPU threads; default: torch's number."),
     ] = None,
     truth: Annotated[
         Truth | None,
@@ -135,6 +136,7 @@ def bench(
     from accelrt.cli.scenarios import choose_device
     from accelrt.reporting.environment import inspect_environment
 
+    check_seed(seed)
     if threads is not None:
         torch.set_num_threads(threads)
     if memory:

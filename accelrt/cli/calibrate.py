@@ -10,7 +10,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from accelrt.cli.common import bars, check_folder, check_packages, prepared, print_json, words
+from accelrt.cli.common import (
+    MOST_THREADS,
+    bars,
+    check_folder,
+    check_packages,
+    check_seed,
+    prepared,
+    print_json,
+    words,
+)
 from accelrt.cli.compare import loader_of
 from accelrt.cli.demo import Device, Dtype
 from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
@@ -78,7 +87,9 @@ def calibrate(
     device: Annotated[
         Device, typer.Option(help="auto: a GPU that this build has code for, else the CPU.")
     ] = Device.auto,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON instead of the table.")
     ] = False,
@@ -99,6 +110,7 @@ def calibrate(
         raise ValueError(f"--gamma is {gamma}; allowed: a number from -1 to 1")
     if computed is not None and computed > steps:
         raise ValueError(f"--computed is {computed}; allowed: from 2 to --steps, {steps}")
+    check_seed(seed, max(runs, seeds))
     check_folder(out)
     check_packages("the pictures", "matplotlib")
     settings, _ = prepared(config, threads)

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from accelrt.reporting.environment import Environment
 
 
+#: More crash OpenMP when it starts them.
+MOST_THREADS = 1024
+
+
 def prepared(config: Path | None, threads: int | None) -> tuple[Config, Environment]:
     """The settings of a file, and the machine, with its number of threads set.
 
@@ -44,6 +48,20 @@ def prepared(config: Path | None, threads: int | None) -> tuple[Config, Environm
     if threads is not None:
         torch.set_num_threads(threads)
     return settings, environment
+
+
+def check_seed(seed: int, count: int = 1) -> None:
+    """Refuse seeds that no generator of torch takes.
+
+    Args:
+        seed: the first.
+        count: of seeds, from there on.
+
+    Raises:
+        ValueError: one is negative or too large.
+    """
+    if not 0 <= seed <= 2**63 - count:
+        raise ValueError(f"--seed is {seed}; allowed: an integer >= 0, below 2^63")
 
 
 def bars(*, still: bool = False) -> Progress:

@@ -20,7 +20,15 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from accelrt.cli.common import bars, check_folder, prepared, print_json, words
+from accelrt.cli.common import (
+    MOST_THREADS,
+    bars,
+    check_folder,
+    check_seed,
+    prepared,
+    print_json,
+    words,
+)
 from accelrt.cli.demo import Device, Dtype
 from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
 
@@ -90,7 +98,9 @@ def compare(
     device: Annotated[
         Device, typer.Option(help="auto: a GPU that this build has code for, else the CPU.")
     ] = Device.auto,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON instead of the table.")
     ] = False,
@@ -103,6 +113,7 @@ def compare(
     """
     if min_psnr is not None and not 0 < min_psnr < math.inf:
         raise ValueError(f"--min-psnr is {min_psnr}; allowed: a number of dB above 0")
+    check_seed(seed, seeds)
     if out is not None:
         check_folder(out)
     settings, environment = prepared(config, threads)

@@ -17,7 +17,15 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from accelrt.cli.common import bars, check_folder, prepared, print_json, words
+from accelrt.cli.common import (
+    MOST_THREADS,
+    bars,
+    check_folder,
+    check_seed,
+    prepared,
+    print_json,
+    words,
+)
 from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
 
 if TYPE_CHECKING:
@@ -64,7 +72,11 @@ def demo(
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each side.")] = 3,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="CPU threads; default: one or torch's number, as is faster."),
+        typer.Option(
+            min=1,
+            max=MOST_THREADS,
+            help="CPU threads; default: one or torch's number, as is faster.",
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Settings of the wrap: YAML or JSON.")
@@ -89,6 +101,7 @@ def demo(
 
     if model is None and not (prompt is None and frames is None and image is None):
         raise ValueError("--prompt, --frames and --image go with --model")
+    check_seed(seed)
     check_folder(out)
     settings, environment = prepared(config, threads)
     loaders = _loaders(model, dtype.value, device.value, steps, prompt, frames, image)

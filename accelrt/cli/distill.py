@@ -11,9 +11,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from accelrt.cli.common import check_folder, prepared, print_json, words
+from accelrt.cli.common import MOST_THREADS, check_folder, prepared, print_json, words
 from accelrt.cli.demo import Device, Dtype
 from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
+from accelrt.files import read
 
 if TYPE_CHECKING:
     from accelrt.feedback.training import DistillConfig, DistillResult
@@ -87,7 +88,9 @@ def distill(
     device: Annotated[
         Device, typer.Option(help="auto: what accelerate finds, or is launched with.")
     ] = Device.auto,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON instead of the table.")
     ] = False,
@@ -155,9 +158,12 @@ def _settings(config: Path | None, given: dict[str, Any], prompts: Path | None) 
     settings = DistillConfig() if config is None else DistillConfig.from_file(config)
     changed = {name: value for name, value in given.items() if value is not None}
     if prompts is not None:
-        lines = prompts.read_text(encoding="utf-8").splitlines()
-        changed["prompts"] = tuple(line.strip() for line in lines if line.strip())
+        changed["prompts"] = read(prompts, str.splitlines, _texts)
     return settings.override(**changed)
+
+
+def _texts(lines: list[str]) -> tuple[str, ...]:
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def _main_process() -> bool:

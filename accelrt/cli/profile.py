@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from accelrt.cli.common import bars, check_folder, check_packages, prepared, print_json, words
+from accelrt.cli.common import (
+    MOST_THREADS,
+    bars,
+    check_folder,
+    check_packages,
+    check_seed,
+    prepared,
+    print_json,
+    words,
+)
 from accelrt.cli.demo import Device, Dtype
 from accelrt.cli.errors import user_errors
 
@@ -64,7 +73,9 @@ def profile(
     device: Annotated[
         Device, typer.Option(help="auto: a GPU that this build has code for, else the CPU.")
     ] = Device.auto,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Settings of the wrap: YAML or JSON.")
     ] = None,
@@ -90,6 +101,7 @@ def profile(
     settings, _ = prepared(config, threads)
     if budget is not None:
         settings = settings.override(memory_budget=budget)
+    check_seed(seed)
     check_folder(out)
     with bars(still=True) as progress:
         task = progress.add_task("loading", total=4, model=model)

@@ -162,6 +162,8 @@ class DistillConfig(Settings):
                 continue
             if not _is_integer(value) or value < least:
                 raise ValueError(f"{name} is {value!r}; allowed: an integer >= {least}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}; allowed: an integer >= 0, below 2^63")
         for name, (low, high, ends) in _NUMBERS.items():
             _check_number(name, getattr(self, name), low, high, ends)
         for name in _BOOLEANS:
