@@ -321,6 +321,19 @@ def test_wrong_arguments(tiny: Any, arguments: Any, message: str) -> None:
     assert state_of(tiny) == before
 
 
+def test_one_profiler_at_a_time(tiny: Any) -> None:
+    before = state_of(tiny)
+    with torch.profiler.profile() as theirs:
+        with pytest.raises(ValueError, match="torch's profiler runs already; leave it"):
+            accelrt.profile(tiny, ceilings=False).__enter__()
+        torch.zeros(3).add(1)
+    assert any(event.key == "aten::add" for event in theirs.key_averages())
+    assert state_of(tiny) == before
+    with accelrt.profile(tiny, ceilings=False) as prof:
+        call(tiny)
+    assert prof.steps == 3
+
+
 def test_wrong_questions(reference: Profile, tiny: Any) -> None:
     with pytest.raises(ValueError, match="int cannot be profiled"):
         accelrt.profile(3)

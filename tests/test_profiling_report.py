@@ -18,7 +18,7 @@ from accelrt.planning import cost
 from accelrt.profiling import Profile, tables
 from accelrt.profiling.analysis import Analysis, Row
 from accelrt.profiling.ceilings import Ceilings
-from accelrt.profiling.ops import Kernel, Recorded
+from accelrt.profiling.ops import Kernel, Op, Recorded
 from accelrt.profiling.sampler import Gpu, Sample, Samples
 from accelrt.profiling.spans import Span
 from accelrt.profiling.trace import MIB, trace
@@ -102,6 +102,39 @@ def test_a_trace_of_a_gpu() -> None:
 
 
 # Tables
+
+
+def test_self_and_total_and_what_stands_for_all_steps() -> None:
+    """Two steps, of whose operators those of the second were recorded."""
+    second = 10**9
+    spans = [Span("call", "call", -1, 0, 10 * second)]
+    for step, (begin, end) in enumerate(((0, 4), (4, 9))):
+        first = len(spans)
+        spans += [
+            Span("step", f"step {step}", 0, begin * second, end * second, step),
+            Span("component", "unet", first, (begin + 1) * second, (end - 1) * second, step),
+            Span("stage", "mid", first + 1, (begin + 1) * second, (end - 1) * second, step),
+            Span("group", "first", first + 2, (begin + 1) * second, (end - 1) * second, step),
+        ]
+    ops = [
+        Op("aten::linear", 6 * second, 7 * second),
+        Op("aten::mm", 6 * second, 6 * second + second // 4, parent=0, flops=100, bytes=10),
+    ]
+    slices = [(2 * second, 0, 4), (6 * second, 0, 8)]
+    found = Analysis(spans, Recorded(ops=ops), slices, lambda step: step == 1)
+    (group,) = found.rows("group")
+    assert group.name == "unet.mid/first"
+    assert (group.calls, group.recorded, group.seconds, group.slices) == (2, 1, 5.0, 2)
+    assert group.self_seconds == pytest.approx(5 * 2 / 3)  # an operator takes a third of it
+    assert (group.flops, group.bytes) == (200, 20)
+    (steps,) = found.rows("part")
+    assert (steps.name, steps.calls, steps.seconds) == ("steps", 2, 9.0)
+    assert steps.self_seconds == pytest.approx(9 * 2 / 5)
+    assert [row.seconds for row in found.rows("step")] == [4.0, 5.0]
+    rows = {row.name: row for row in found.rows("op")}
+    linear, product = rows["aten::linear"], rows["aten::mm"]
+    assert (linear.calls, linear.seconds, linear.self_seconds) == (2, 2.0, 1.5)
+    assert (product.calls, product.seconds, product.flops) == (2, 0.5, 200)
 
 
 def test_cells_of_a_table() -> None:
