@@ -34,19 +34,30 @@ class HeapKeeper:
         return_free_memory()
         self._base = resident_bytes()
 
-    def begin(self, run_bytes: int, product_bytes: int = 0) -> None:
+    def begin(self, run_bytes: int, product_bytes: int = 0, slab_bytes: int = 0) -> None:
         """A run begins.
 
+        Nothing of it is alive yet but its slab: what is resident beyond its limit now, and cannot
+        be given back, others have taken since the last rest, and it stays out of the account.
+
         Args:
-            run_bytes: that it may hold at once, weights apart.
+            run_bytes: that it may hold at once, the slab among them, weights apart.
             product_bytes: that each of its products takes besides, and frees. They are free in
                 the heap whenever somebody looks; given back, they come again page by page.
+            slab_bytes: of its arena.
         """
         self._product = product_bytes
         if self._base is None:
             self.rest()
         self._floor = 0
-        self._limit = None if self._base is None else self._base + run_bytes
+        held = resident_bytes()
+        if self._base is None or held is None:
+            self._limit = None
+            return
+        if held > self._base + run_bytes + product_bytes + _STEP:
+            return_free_memory()
+            self._base = max(self._base, (resident_bytes() or held) - slab_bytes)
+        self._limit = self._base + run_bytes
 
     def keep(self) -> None:
         """Between two slices: give back, if too much is resident."""

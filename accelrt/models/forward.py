@@ -81,7 +81,7 @@ def placing(cut: Cut) -> Iterator[None]:
         arena.schedule(cut.offsets)
         arena.begin()
         if arena.heap is not None:
-            arena.heap.begin(cut.heap_bytes, cut.product_bytes)
+            arena.heap.begin(cut.heap_bytes, cut.product_bytes, cut.slab_bytes)
         with activate(arena):
             yield
     finally:
