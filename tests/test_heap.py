@@ -83,7 +83,7 @@ def test_what_others_took_since_is_not_the_runs(monkeypatch):
     keeper.begin(30 * MIB, slab_bytes=20 * MIB)
     tries.clear()
     # With its slab, then with 80 MiB of others before a run, then 8 of its own, then too much.
-    for resident, begins, expected in ((120, True, 0), (200, True, 1), (208, False, 1), (216, False, 2)):
+    for resident, begins, expected in ((120, 1, 0), (200, 1, 1), (208, 0, 1), (216, 0, 2)):
         held[0] = resident * MIB
         if begins:
             keeper.begin(30 * MIB, slab_bytes=20 * MIB)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from accelrt import ops
 from accelrt.config import Config
 from accelrt.memory import arena
-from accelrt.memory.arena import keep_to_plan
+from accelrt.memory.arena import keep_to_plan, temporary_as, temporary_images
 
 from .bands import (
     BandedResnet,
@@ -218,14 +218,14 @@ class ResnetGroup(Group):
             h = second(h, add=add, scale=times, shift=shift, overwrite=overwrite1)
             h = convolve(block.conv2, h, fuse=fuse, spare=spares.first)
             keep_to_plan()
-            residual = xs if ys is None else torch.cat([xs, ys], dim=1)
+            residual = xs if ys is None else _joined(xs, ys)
             del xs, ys
             if resample is not None:
                 residual = resample(residual)
             if block.conv_shortcut is not None:
                 residual = convolve(block.conv_shortcut, residual, fuse=fuse, spare=spares.second)
             if single and spares.first is None:
-                target = h if overwrite2 else torch.empty_like(h)
+                target = h if overwrite2 else temporary_as(h)
                 out = target
             else:
                 if out is None:
@@ -375,6 +375,12 @@ def _images(x: Skip | None, start: int, stop: int) -> Tensor | None:
     if x is None or not isinstance(x, Tensor):
         return None if x is None else x.images(start, stop)
     return x if stop - start == x.shape[0] else x[start:stop]
+
+
+def _joined(x: Tensor, y: Tensor) -> Tensor:
+    """Two slices of channels-last images, joined along the channels."""
+    joint = temporary_images(x, x.shape[0], x.shape[1] + y.shape[1], *x.shape[2:])
+    return torch.cat([x, y], dim=1, out=joint)
 
 
 def _residual_sum(
