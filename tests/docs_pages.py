@@ -39,8 +39,11 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """The README and the guides, where they have Python blocks."""
-    found = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """The READMEs and the guides, where they have Python blocks."""
+    found = [
+        ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "examples").glob("*/README.md")),
+    ]  # fmt: skip
     return [page for page in found if "```python\n" in page.read_text(encoding="utf-8")]
 
 

@@ -366,6 +366,9 @@ def test_plan_refuses_wrong_sizes() -> None:
         accelrt.plan(model, height=17)
     with pytest.raises(ValueError, match="batch is 0"):
         accelrt.plan(model, batch=0)
+    # Its forward takes the picture for a square.
+    with pytest.raises(ValueError, match="does not run at this size, a latent of 8x16: shape"):
+        accelrt.plan(zoo.tiny_dit(), height=64, width=128, memory_budget="min")
     with pytest.raises(accelrt.UnsupportedModelError):
         accelrt.plan(torch.nn.Linear(2, 2))
 

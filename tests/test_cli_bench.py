@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import accelrt
 from accelrt.benchmarking import measure as measuring
-from accelrt.benchmarking import models, tables, tuned
+from accelrt.benchmarking import models, tables, tuned, whole_call
 from accelrt.benchmarking import rates as rating
 from accelrt.benchmarking.flops import count_flops, utilisation
 from accelrt.benchmarking.measure import DTYPES, Settings, measure
@@ -426,6 +426,33 @@ def test_memory_of_a_whole_call(tmp_path: Path) -> None:
     assert call["process_bytes"] > call["weight_bytes"]
     assert {plan["path"] for plan in call["plans"]} == {"unet", "vae.decoder"}
     assert "AnimateDiff, 3 frames 16x32" in result.output
+    assert document["gpu"]["note"]
+    assert f"By the driver: {document['gpu']['note']}." in result.output
+    page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    keys = ", ".join(f"`{key}`" for key in document)
+    assert f"with `--memory`: {keys} |" in page
+
+
+def test_memory_takes_settings_and_budget_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def not_kept(*arguments: Any) -> dict[str, Any]:
+        asked.append(arguments)
+        return {
+            "name": arguments[0], "budget_bytes": 0, "planned_bytes": 0, "process_bytes": 1,
+            "weight_bytes": 0, "seconds": 1.0, "kept": False,
+        }  # fmt: skip
+
+    monkeypatch.setattr(whole_call, "measure_apart", not_kept)
+    (tmp_path / "settings.yaml").write_text("memory_budget: 48MiB\nff_rows: 777\n")
+    command = ["--memory", "--model", "svd", "--config", str(tmp_path / "settings.yaml"),
+               "--size", "tiny", "--threads", "1"]  # fmt: skip
+    assert run(*command).exit_code == 1
+    assert run(*command, "--budget", "64MiB").exit_code == 1
+    assert [arguments[3] for arguments in asked] == ["48MiB", "64MiB"]
+    assert all(arguments[5].ff_rows == 777 for arguments in asked)
 
 
 def test_memory_refuses_what_it_cannot_do() -> None:

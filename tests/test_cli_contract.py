@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +24,8 @@ from typer.testing import CliRunner
 from accelrt.cli import app, errors
 from accelrt.cli.app import FINDINGS
 from accelrt.cli.common import check_file, check_folder, print_json
+from accelrt.config import Config
+from accelrt.models.forward import Forward
 from accelrt.planning import cost
 from accelrt.profiling import ceilings
 
@@ -101,10 +106,30 @@ TRAINING = (
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_standard_output_is_the_documented_json(
-    name: str, folder: Path, tmp_path: Path
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And the settings of a file reach whatever is wrapped."""
     (tmp_path / "training.yaml").write_text(TRAINING)
-    result = run(*calls(name, folder, tmp_path / "out"), "--json")
+    (tmp_path / "settings.yaml").write_text("ff_rows: 777\n")
+    rows: set[int | None] = set()
+    made = Forward.__init__
+
+    def make(self: Forward, module: Any, family: Any, config: Config, *more: Any) -> None:
+        rows.add(config.ff_rows)
+        made(self, module, family, config, *more)
+
+    monkeypatch.setattr(Forward, "__init__", make)
+    words = calls(name, folder, tmp_path / "out")
+    configured = name not in ("doctor", "distill")
+    words += ["--config", tmp_path / "settings.yaml"] if configured else []
+    result = run(*words, "--json")
+    assert rows == ({777} if configured else set())
+    # What takes a while is seen to go on, on the error output, to the end.
+    if name == "bench":
+        assert re.findall(r"^dit: (\w+)", result.stderr, re.MULTILINE)[0] == "count"
+    elif name not in ("doctor", "plan"):
+        ((done, total),) = re.findall(r" (\d+)/(\d+) +\d:\d\d:\d\d ", result.stderr)
+        assert done == total
     assert result.exit_code in ((0, 1) if name in FINDINGS else (0,)), result.output
     found = strict(result.stdout)
     documented = re.split(r"; with|, and of", table("JSON")[name])[0]
@@ -121,7 +146,7 @@ def test_values_that_json_does_not_have(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_every_command_documents_its_exit_codes() -> None:
-    assert sorted(table("Exit codes")) == ["0", "1", "130", "2", "3"]
+    assert sorted(table("Exit codes")) == ["0", "1", "130", "141", "2", "3"]
     text = " ".join(run("--help", env={"COLUMNS": "200"}).stdout.split())
     for name in COMMANDS:
         help_text = " ".join(run(name, "--help", env={"COLUMNS": "200"}).stdout.split())
@@ -171,13 +196,16 @@ def test_what_goes_wrong_has_a_code_of_its_own(
         )
 
 
-def test_a_reader_that_has_gone_is_no_error_of_ours() -> None:
-    @errors.user_errors
-    def prints() -> None:
-        raise BrokenPipeError
-
-    with pytest.raises(BrokenPipeError):
-        prints()
+def test_a_reader_that_has_gone_gets_no_answer() -> None:
+    """Neither a traceback, nor 1, as Typer has it."""
+    done = subprocess.Popen(
+        [sys.executable, "-m", "accelrt", "doctor"], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert done.stdout is not None
+    done.stdout.close()
+    _, words = done.communicate()
+    assert (done.returncode, words) == (141, "")
 
 
 # Refusals
@@ -260,6 +288,29 @@ def test_what_is_wrong_is_named_before_any_work(folder: Path, tmp_path: Path) ->
             wrong.append((line, result.exit_code, result.stdout[-200:], said(result)[-300:]))
     assert not wrong, "\n".join(map(str, wrong))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "packages"),
+    [("plan", "matplotlib"), ("calibrate", "matplotlib"), ("profile", "matplotlib jinja2")],
+)
+def test_packages_for_results_are_missed_before_any_work(
+    name: str, packages: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+
+    def without(module: str, *more: Any) -> Any:
+        return None if module in packages.split() else find(module, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    monkeypatch.setattr("accelrt.cli.scenarios.load_pipeline", None)
+    monkeypatch.setattr("accelrt.cli.plan._target", None)
+    out = tmp_path / ("plan.png" if name == "plan" else "out")
+    result = run(name, "--model", folder, "--out", out, "--json")
+    assert result.exit_code == 2, result.output
+    assert f"pip install {packages}" in said(result)
+    assert not list(tmp_path.glob("*.png"))
+    assert not out.exists()
 
 
 def test_places_for_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Every Python block of the README and of the guides runs as it stands there.
+"""Every Python block of the READMEs and of the guides runs as it stands there.
 
 The page on adding a model has a file of its own, since its blocks are a test themselves.
 """
@@ -26,7 +26,10 @@ from accelrt.steps.origin import origin_of
 ROOT = docs_pages.ROOT
 MODELS = ROOT / "examples" / "reference_models"
 STEPS = 8
-OWN_TEST = {"README.md", "adding-a-model.md", "feedback.md", "steps.md"}
+OWN_TEST = {
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("adding-a-model.md", "feedback.md", "steps.md")),
+}
 
 
 class ShortVideo(AnimateDiffPipeline):
@@ -133,7 +136,9 @@ def test_the_page_on_feedback_runs(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in docs_pages.pages() if page.name not in OWN_TEST], ids=lambda p: p.name
+    "page",
+    [page for page in docs_pages.pages() if page not in OWN_TEST],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
 )
 def test_other_pages_run(page: Path, folder: Path) -> None:
     """With a pipeline of images for whatever a page wraps."""
@@ -159,7 +164,7 @@ def test_blocks_that_are_not_run(page: Path, block: docs_pages.Block) -> None:
 
 
 def test_pages_with_a_test_of_their_own_exist() -> None:
-    assert {page.name for page in docs_pages.pages()} >= OWN_TEST
+    assert set(docs_pages.pages()) >= OWN_TEST
 
 
 def test_a_block_that_prints_something_else_fails(tmp_path: Path) -> None:

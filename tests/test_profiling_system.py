@@ -9,7 +9,7 @@ import sys
 import threading
 import types
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -202,12 +202,19 @@ def test_nvtx_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     )
     monkeypatch.setattr(nvtx, "_cuda", cuda)
-    monkeypatch.setattr(nvtx, "_profiler", types.SimpleNamespace(emit_nvtx=nullcontext))
+
+    @contextmanager
+    def emit_nvtx() -> Iterator[None]:
+        calls.append("operators")
+        yield
+        calls.append("no operators")
+
+    monkeypatch.setattr(nvtx, "_profiler", types.SimpleNamespace(emit_nvtx=emit_nvtx))
     pipe = accelrt.wrap(zoo.animatediff_pipeline())
     with accelrt.profile(pipe, nvtx=True, ceilings=False) as prof:
-        assert calls == ["start"]
+        assert calls == ["start", "operators"]
         zoo.run_animatediff(pipe, num_inference_steps=2)
-    assert calls == ["start", "stop"]
+    assert calls == ["start", "operators", "no operators", "stop"]
     assert stack == []
     assert "step 1/unet.mid_block/mid_block.resnets.0" in pushed
     assert prof.analysis.recorded.ops == []

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from accelrt.cli.common import check_file, print_json
 from accelrt.cli.errors import EXIT_NEGATIVE
 from accelrt.config import Config
 from accelrt.files import write_text
+
+if TYPE_CHECKING:
+    from accelrt.benchmarking.gpu_use import GpuUse
 
 COLUMNS = ("pipeline", "budget", "planned", "process", "weights", "seconds", "kept")
 
@@ -44,6 +48,7 @@ def bench_memory(
     Raises:
         ValueError: for a model that is no pipeline, or a budget that cannot be met.
     """
+    from accelrt.benchmarking.gpu_use import DriverWatch
     from accelrt.benchmarking.pipelines import PIPELINES
     from accelrt.benchmarking.whole_call import measure_apart
     from accelrt.memory.sizes import parse_budget
@@ -64,7 +69,10 @@ def bench_memory(
     if isinstance(asked_for, int):
         asked_for = f"{asked_for}B"
     results: list[dict[str, Any]] = []
-    document = {"environment": environment, "size": size, "calls": results}
+    gpu = DriverWatch("cpu").found
+    document = {
+        "environment": environment, "size": size, "gpu": gpu.to_dict(), "calls": results,
+    }  # fmt: skip
     console = Console(stderr=True)
     for name in chosen:
         asked = asked_for or PIPELINES[name](size).budget
@@ -75,13 +83,14 @@ def bench_memory(
     if as_json:
         print_json(document)
     else:
-        _show(results, size, Console())
+        _show(results, size, gpu, Console())
     if not all(result["kept"] for result in results):
         raise typer.Exit(EXIT_NEGATIVE)
 
 
-def _show(results: list[dict[str, Any]], size: str, console: Console) -> None:
+def _show(results: list[dict[str, Any]], size: str, gpu: GpuUse, console: Console) -> None:
     from accelrt.benchmarking.pipelines import PIPELINES
+    from accelrt.benchmarking.tables import driver_text
     from accelrt.memory.sizes import bytes_text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -111,3 +120,4 @@ def _show(results: list[dict[str, Any]], size: str, console: Console) -> None:
         "denoising step and the decode",
         highlight=False,
     )
+    console.print(escape(driver_text(gpu)), highlight=False, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from accelrt.cli.common import bars, check_folder, prepared, print_json, words
+from accelrt.cli.common import bars, check_folder, check_packages, prepared, print_json, words
 from accelrt.cli.compare import loader_of
 from accelrt.cli.demo import Device, Dtype
 from accelrt.cli.errors import EXIT_NEGATIVE, user_errors
@@ -101,8 +100,7 @@ def calibrate(
     if computed is not None and computed > steps:
         raise ValueError(f"--computed is {computed}; allowed: from 2 to --steps, {steps}")
     check_folder(out)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("the pictures need matplotlib: pip install matplotlib")
+    check_packages("the pictures", "matplotlib")
     settings, _ = prepared(config, threads)
     load = loader_of(model, dtype.value, device.value, steps, prompt, frames, image)
     with bars() as progress:

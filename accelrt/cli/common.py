@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -92,6 +93,23 @@ def words(*known: str) -> Callable[[str], list[str]]:
         return [word for word in known if word.startswith(incomplete)]
 
     return complete
+
+
+def check_packages(purpose: str, *names: str) -> None:
+    """Refuse, before any work, what optional packages are needed to write in the end.
+
+    Args:
+        purpose: what needs them, in the plural.
+        names: of the modules, which are also those on the package index.
+
+    Raises:
+        ImportError: one is missing; with the command that installs it.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"{purpose} need {' and '.join(missing)}: pip install {' '.join(missing)}"
+        )
 
 
 def check_folder(path: Path, option: str = "--out") -> None:

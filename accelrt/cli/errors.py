@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import io
+import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -17,6 +19,7 @@ EXIT_NEGATIVE = 1
 EXIT_USAGE = 2
 EXIT_FAILED = 3
 EXIT_INTERRUPTED = 130
+EXIT_READER_GONE = 141  # as a shell has it of a program that SIGPIPE ends
 
 # UnsupportedModelError is a ValueError; a missing package is mended by its command.
 USER_ERRORS = (ValueError, OSError, ImportError)
@@ -35,14 +38,22 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
 
     What the user can mend is a line without traceback, and 2. Everything else is 3, never 1: a
     script that asks `compare` or `calibrate` a question must not take a failure for an answer.
+    A reader of the output that has gone is 141, in silence.
     """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
-        except (typer.Exit, typer.Abort, BrokenPipeError):
-            raise  # the reader of a pipe has gone: the shell's own business
+        except (typer.Exit, typer.Abort):
+            raise
+        except (BrokenPipeError, SystemExit) as error:
+            # Typer and rich, who makes a SystemExit of it, would end with 1, which is an answer.
+            cause = error.__context__ if isinstance(error, SystemExit) else error
+            if not isinstance(cause, BrokenPipeError):
+                raise
+            sys.stdout, sys.stderr = io.StringIO(), io.StringIO()  # what is buffered has no reader
+            raise typer.Exit(EXIT_READER_GONE) from error
         except KeyboardInterrupt as error:
             raise typer.Exit(EXIT_INTERRUPTED) from error
         except USER_ERRORS as error:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from accelrt.cli.common import check_file, print_json, words
+from accelrt.cli.common import check_file, check_packages, print_json, words
 from accelrt.cli.demo import Dtype
 from accelrt.cli.errors import user_errors
 from accelrt.config import Config
@@ -68,6 +68,7 @@ def plan(
 
     if out is not None:
         check_file(out, (".png", ".svg"))
+        check_packages("pictures", "matplotlib")
     settings = Config() if config is None else Config.from_file(config)
     with Console(stderr=True).status("looking at the models"):
         target = _target(model, dtype)

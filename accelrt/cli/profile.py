@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from accelrt.cli.common import bars, check_folder, prepared, print_json, words
+from accelrt.cli.common import bars, check_folder, check_packages, prepared, print_json, words
 from accelrt.cli.demo import Device, Dtype
 from accelrt.cli.errors import user_errors
 
@@ -86,6 +86,7 @@ def profile(
 
     if stock and (config is not None or budget is not None):
         raise ValueError("--stock was given with --config or --budget; allowed: one of them")
+    check_packages("pictures and page", "matplotlib", "jinja2")
     settings, _ = prepared(config, threads)
     if budget is not None:
         settings = settings.override(memory_budget=budget)

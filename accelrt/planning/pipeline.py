@@ -51,6 +51,7 @@ def plan_parts(
 
     Raises:
         BudgetError: no exact plan fits; it names the smallest budget that can be met.
+        ValueError: with ``stock``: a stock model does not run at this size.
     """
     spec = AUTO if config.memory_budget is None else parse_budget(config.memory_budget)
     device, dtype = _placement(parts)
@@ -77,7 +78,14 @@ def plan_parts(
         double = double_of(module, family, config, path)
         inputs = double.forward.arguments(**example)
         if stock:
-            stocks[path] = _stock(double.forward, inputs, rates)
+            try:
+                stocks[path] = _stock(double.forward, inputs, rates)
+            except RuntimeError as error:
+                name = path or type(module).__name__
+                raise ValueError(
+                    f"{name} does not run at this size, a latent of {shape.height}x{shape.width}: "
+                    f"{error}"
+                ) from error
         resident = reserve = 0
         if not standalone:
             resident = resident_bytes(modules.values(), device, module)
