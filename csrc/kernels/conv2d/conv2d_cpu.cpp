@@ -119,7 +119,7 @@ void gather(const Conv2dParams& p, const Tiling& t, const Patch& patch, float* t
     for (int64_t r = 0; r < t.in_rows; ++r) {
       float* to = target + (i * t.in_rows + r) * row_units;
       const int64_t row = first_row + r;
-      if (row < 0 || row >= p.height || begin == end) {
+      if (row < 0 || row >= p.height || begin == end || p.channels == 0) {
         std::memset(to, 0, sizeof(float) * static_cast<size_t>(row_units));
         continue;
       }
