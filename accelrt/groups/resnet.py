@@ -20,7 +20,7 @@ from .bands import (
     enlarge_in_bands,
     resnet_bands_reason,
     rows_per_band,
-    upsampler_conv,
+    upsampler_row_conv,
 )
 from .base import UNTOUCHED, Group, Status, by_name
 from .convolve import convolve, enlarge, is_ours
@@ -100,7 +100,7 @@ class ResnetGroup(Group):
         if self.config.bands and self.config.fuse and status.kind != UNTOUCHED:
             why = resnet_bands_reason(self.module, None)
             if not why and self.before is not None:
-                plain = self.before.unsliced() or upsampler_conv(self.before.module, None)
+                plain = self.before.unsliced() or upsampler_row_conv(self.before.module, None)
                 why = "" if plain else "the upsampler has no plain 3x3 convolution"
             if why:
                 status.reason = "; ".join(filter(None, (status.reason, f"no bands: {why}")))
@@ -361,7 +361,7 @@ class _Plan:
         wanted = config.frames_per_slice
         self.length = slice_length(self.images, wanted, row * self.height, config, x.device)
         self.rows = rows_per_band(self.height, row, config, x.device)
-        self.conv = None if before is None else upsampler_conv(before.module, x.dtype)
+        self.conv = None if before is None else upsampler_row_conv(before.module, x.dtype)
         self.banded = (
             self.rows < self.height
             and config.fuse
