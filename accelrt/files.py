@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable
@@ -102,6 +103,21 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     try:
         part.write_bytes(content)
         part.replace(target)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a full disk
+            error.filename = str(path)
         raise
+
+
+def write_figure(figure: Any, path: str | Path, dpi: int) -> None:
+    """:func:`write_bytes` of a picture that matplotlib draws, in the format of the suffix.
+
+    Args:
+        figure: of matplotlib.
+        path: a ``.png`` or ``.svg`` file.
+        dpi: dots per inch.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi, format=Path(path).suffix.lstrip(".") or "png")
+    write_bytes(path, buffer.getvalue())

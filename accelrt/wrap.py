@@ -168,9 +168,7 @@ def feedback_of(given: FeedbackModule | str | Path | None) -> FeedbackModule | N
     """
     if given is None:
         return None
-    from diffusers.utils.constants import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
-
-    from accelrt.feedback.module import FeedbackModule
+    from accelrt.feedback.module import FeedbackModule, check_folder
 
     if isinstance(given, FeedbackModule):
         module: FeedbackModule = given
@@ -179,12 +177,10 @@ def feedback_of(given: FeedbackModule | str | Path | None) -> FeedbackModule | N
         raise ValueError(
             f"feedback is {type(given).__name__}; allowed: a FeedbackModule, a folder's path, None"
         )
-    for name in ("config.json", SAFETENSORS_WEIGHTS_NAME):
-        if not (Path(given) / name).is_file():
-            raise ValueError(f"feedback: {given} has no {name}; allowed: the folder of a module")
-    # An index of several files could name any, and a module is never so large.
-    if (Path(given) / SAFE_WEIGHTS_INDEX_NAME).exists():
-        raise ValueError(f"feedback: {given} has {SAFE_WEIGHTS_INDEX_NAME}; allowed: one file")
+    try:
+        check_folder(Path(given))
+    except ValueError as error:
+        raise ValueError(f"feedback: {error}") from error
     read_json(Path(given) / "config.json", _mapping)  # diffusers takes "[]" for a name on the hub
     info: dict[str, Any]
     loaded: FeedbackModule

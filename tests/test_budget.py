@@ -241,6 +241,19 @@ def test_forty_requests_of_changing_shapes_leave_reserved_memory_flat() -> None:
     assert arena.reserved_bytes == 0
 
 
+def test_plans_of_sizes_long_gone_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelrt.planning.budget.KEPT_PLANS", 2)
+    model = accelrt.wrap(zoo.tiny_dit(), memory_budget="64MiB")
+    planner: Any = model.forward.planner
+    with torch.no_grad():
+        for batch in (1, 2, 3, 1, 2, 2):
+            model(
+                zoo.normal(batch, 4, 8, 8), torch.full((batch,), 500),
+                class_labels=torch.arange(batch),
+            )  # fmt: skip
+            assert len(planner._planned) <= 2
+
+
 def test_addresses_are_the_same_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = accelrt.wrap(zoo.tiny_unet(), memory_budget="min", slice_mib=0.02)
     inputs = zoo.unet_inputs(2, 7, 32, 32)

@@ -19,27 +19,39 @@ def test_defaults_round_trip() -> None:
     json.dumps(config.to_dict())
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "allowed"),
-    [
-        ("frames_per_slice", 0, "an integer >= 1, or None"),
-        ("frames_per_slice", 1.5, "an integer >= 1, or None"),
-        ("pixels_per_slice", -3, "an integer >= 1, or None"),
-        ("ff_rows", "many", "an integer >= 1, or None"),
-        ("samples_per_slice", True, "an integer >= 1, or None"),
-        ("vae_images", 0, "an integer >= 1, or None"),
-        ("slice_mib", 0, "a number above 0"),
-        ("slice_mib", float("nan"), "a number above 0"),
-        ("slice_mib", "8", "a number above 0"),
-        ("inplace", 1, "True, False"),
-        ("fuse", None, "True, False"),
-    ],
-)
+WRONG: list[tuple[str, Any, str]] = [
+    ("frames_per_slice", 0, "an integer >= 1, or None"),
+    ("frames_per_slice", 1.5, "an integer >= 1, or None"),
+    ("pixels_per_slice", -3, "an integer >= 1, or None"),
+    ("ff_rows", "many", "an integer >= 1, or None"),
+    ("samples_per_slice", True, "an integer >= 1, or None"),
+    ("vae_images", 0, "an integer >= 1, or None"),
+    ("slice_mib", 0, "a number above 0"),
+    ("slice_mib", float("nan"), "a number above 0"),
+    ("slice_mib", "8", "a number above 0"),
+    ("slice_mib", 1e6, "below 1e6"),
+    ("samples_per_pass", 0, "an integer >= 1, or None"),
+    ("memory_budget", "much", "memory_budget"),
+    ("recompute", "sometimes", "allow, never, always"),
+    ("cuda_graphs", 1, "True, False, 'auto'"),
+    ("max_cuda_graphs", 0, "an integer >= 1"),
+    ("bands", "yes", "True, False"),
+    ("pipeline_slices", None, "True, False"),
+    ("inplace", 1, "True, False"),
+    ("fuse", None, "True, False"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), WRONG)
 def test_wrong_values_name_key_value_and_range(key: str, value: Any, allowed: str) -> None:
     with pytest.raises(ValueError) as error:
         Config.from_dict({key: value})
     for part in (key, repr(value), allowed):
         assert part in str(error.value)
+
+
+def test_every_setting_has_a_wrong_value_that_is_refused() -> None:
+    assert {key for key, _, _ in WRONG} == {field.name for field in dataclasses.fields(Config)}
 
 
 def test_unknown_keys_are_named_with_the_known_ones() -> None:

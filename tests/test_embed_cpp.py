@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,28 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "embed_cpp"
+PAGE = (EXAMPLE / "README.md").read_text(encoding="utf-8")
 
 
 def run(*command: str | Path) -> None:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+def commands() -> list[list[str]]:
+    """Of the example's page, in the order in which it gives them."""
+    (block,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+    return [shlex.split(line) for line in block.splitlines() if line and line[0] != "#"]
+
+
+def run_page(number: int, places: dict[str, Path], *more: str) -> None:
+    """Run a command of the page, with other folders in place of its own."""
+    words = commands()[number]
+    for name, path in places.items():
+        assert any(word == name or word.endswith(f"=$PWD/{name}") for word in words), (name, words)
+        there = str(path)
+        words = [there if w == name else w.replace(f"$PWD/{name}", there) for w in words]
+    run(*words, *more)
 
 
 def core_build() -> Path:
@@ -31,7 +49,7 @@ def core_build() -> Path:
         if (build / "libaccelrt_core.a").exists() and (build / "build.ninja").exists():
             return build
     build = ROOT / "build" / "core"
-    run("cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DACCELRT_CUDA=0")
+    run_page(0, {"build/core": build, ".": ROOT}, "-G", "Ninja")
     return build
 
 
@@ -43,7 +61,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with FileLock(ROOT / "build" / ".core-lock"):
         build = core_build()
         run("cmake", "--build", build, "--target", "accelrt_core", "-j", "2")
-        run("cmake", "--install", build, "--prefix", prefix, "--component", "core")
+        run_page(2, {"build/core": build, "build/prefix": prefix})
     return prefix
 
 
@@ -56,8 +74,9 @@ def program(prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("CMakeLists.txt", "main.cpp", "safetensors.h", "safetensors.cpp"):
         (source / name).write_bytes((EXAMPLE / name).read_bytes())
     build = folder / "build"
-    run("cmake", "-S", source, "-B", build, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}")
-    run("cmake", "--build", build, "-j", "2")
+    places = {"examples/embed_cpp": source, "build/embed": build, "build/prefix": prefix}
+    run_page(3, places, "-G", "Ninja")
+    run_page(4, {"build/embed": build}, "-j", "2")
     return build / "embed_cpp"
 
 
@@ -108,6 +127,28 @@ def test_blocks_are_exact(program: Path, inputs: dict[str, Path], dtype: str) ->
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"{dtype}, " in done.stdout
         assert done.stdout.rstrip().endswith(": exact")
+
+
+def test_the_page_shows_a_project_of_ones_own(prefix: Path, tmp_path: Path) -> None:
+    """Its lines of CMake, and every header of its table."""
+    (lines,) = re.findall(r"```cmake\n(.*?)```", PAGE, re.DOTALL)
+    table = PAGE.split("| header | what it has |")[1].split("\n\n")[0]
+    headers = re.findall(r"`([a-z_/]+\.h)`", table)
+    assert {"blocks/transformer_block.h", "runtime/arena.h", "accelrt/check.h"} <= set(headers)
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.24)\nproject(server LANGUAGES CXX)\n"
+        f"add_executable(server server.cpp)\n{lines}"
+    )
+    includes = "".join(f'#include "{header}"\n' for header in headers)
+    (tmp_path / "server.cpp").write_text(
+        f"{includes}int main() {{\n  accelrt::KernelProducts products;\n"
+        "  const auto plan = accelrt::plan_offsets({{64, 0, 1}, {32, 1, 2}}, 64);\n"
+        "  return plan.slab_bytes == 128 ? 0 : 1;\n}\n"
+    )
+    build = tmp_path / "build"
+    run("cmake", "-S", tmp_path, "-B", build, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}")
+    run("cmake", "--build", build)
+    run(build / "server")
 
 
 def test_another_output_is_noticed(program: Path, inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -373,9 +373,15 @@ def test_images_with_captions(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text('{"file_name": "9.png", "text": "nine"}\n')
     with pytest.raises(FileNotFoundError, match=r"9\.png"):
         load_data(tmp_path, pipe)
-    (tmp_path / name).write_text("{\n")
-    with pytest.raises(ValueError, match="is not valid JSON"):
-        load_data(tmp_path, pipe)
+    for line, message in (
+        ("{", "is not valid JSON"), ("[1]", r"is \[1\]; needed: a mapping"),
+        ('{"file_name": "../9.png", "text": "nine"}', "allowed: a file in the folder"),
+        ('{"file_name": "/9.png", "text": "nine"}', "allowed: a file in the folder"),
+        ('{"file_name": 9, "text": "nine"}', "file_name is 9; allowed"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(f"{line}\n")
+        with pytest.raises(ValueError, match=message):
+            load_data(tmp_path, pipe)
 
 
 def test_a_datasets_folder(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_import_is_light() -> None:
     assert out == "[]\n"
 
 
-def test_help_is_light() -> None:
+def test_help_and_completion_are_light() -> None:
     commands = ("bench", "calibrate", "compare", "demo", "distill", "doctor", "plan", "profile")
     out = run(
         "import sys",
@@ -59,6 +59,10 @@ def test_help_is_light() -> None:
         "    result = CliRunner().invoke(app, words)",
         "    assert result.exit_code == 0, result.output",
         "    assert words == ['--version'] or 'Exit codes' in result.output",
+        "asked = {'_ACCELRT_COMPLETE': 'complete_bash', 'COMP_WORDS': 'accelrt plan --model an'}",
+        "asked['COMP_CWORD'] = '3'",
+        "result = CliRunner().invoke(app, [], env=asked, prog_name='accelrt')",
+        "assert result.output.split() == ['animatediff'], result.output",
         LOADED,
     )
     assert out == "[]\n"

@@ -24,6 +24,12 @@ from zoo_pipelines import FAMILIES
 
 import accelrt
 from accelrt.planning import cost
+from accelrt.planning.render import draw
+from accelrt.profiling.figures import draw_timeline
+from accelrt.reporting.environment import inspect_environment
+from accelrt.reporting.media import write_pictures
+from accelrt.reporting.page import write_page
+from accelrt.reporting.tables import Exhibit
 from accelrt.steps import Boundary, Interval, Rehash, Reuse, Taylor, Threshold, Verified
 
 MIB = 2**20
@@ -225,18 +231,33 @@ def test_a_full_disk_does_not_stop_a_run(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_a_full_disk_while_a_report_is_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Trace, page and schedule of before stay whole; the pipeline does not notice."""
-    this = case("verified")
+    """Trace, pages, pictures and schedule of before stay whole; the pipeline does not notice."""
+    folder, this = tmp_path / "out", case("verified")
+    folder.mkdir()
     pipe, stock = this.target, this.run()
     accelrt.wrap(pipe, **this.settings)
     expected = this.run()
     with accelrt.profile(pipe, ceilings=False) as prof:
         assert torch.equal(this.run(), expected)
-    names = ("trace.json", "report.html", "schedule.json")
-    writes = (prof.save, prof.html, this.settings["rehash"].save)
-    for name, write in zip(names, writes, strict=True):
-        write(tmp_path / name)
-    before = {name: (tmp_path / name).read_bytes() for name in names}
+    compared = accelrt.quality.compare(
+        FAMILIES["dit"].pipe(), {"class_labels": [3], "num_inference_steps": 2}, repeats=1
+    )
+    plan = accelrt.plan(zoo.tiny_dit(), memory_budget="min")
+    environment = inspect_environment()
+    exhibit = Exhibit("DiT", "1 image", compared, folder / "pictures.png")
+    writes: dict[str, Callable[[], Any]] = {
+        "trace.json": lambda: prof.save(folder / "trace.json"),
+        "report.html": lambda: prof.html(folder / "report.html"),
+        "timeline.svg": lambda: draw_timeline(prof, folder / "timeline.svg"),
+        "schedule.json": lambda: this.settings["rehash"].save(folder / "schedule.json"),
+        "pictures.png": lambda: write_pictures(compared, folder, "pictures"),
+        "demo.html": lambda: write_page(folder / "demo.html", [exhibit], environment, "demo"),
+        "plan.png": lambda: draw(plan, folder / "plan.png"),
+    }
+    for write in writes.values():
+        write()
+    assert (folder / "timeline.svg").read_bytes().startswith(b"<?xml")
+    before = {name: (folder / name).read_bytes() for name in writes}
     plain = Path.write_bytes
 
     def full(self: Path, content: bytes) -> int:
@@ -245,12 +266,12 @@ def test_a_full_disk_while_a_report_is_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
-        for name, write in zip(names, writes, strict=True):
-            with pytest.raises(OSError, match="No space left"):
-                write(tmp_path / name)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        for name, write in writes.items():
+            with pytest.raises(OSError, match=f"No space left on device: '{folder / name}'"):
+                write()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert torch.equal(this.run(), expected)
-    prof.save(tmp_path / "trace.json")
+    prof.save(folder / "trace.json")
     accelrt.unwrap(pipe)
     assert torch.equal(this.run(), stock)
 
@@ -330,10 +351,15 @@ def test_fork_after_import() -> None:
     assert done.stdout.strip() == "both", done.stderr[-3000:]
 
 
-def test_five_hundred_requests_of_changing_shapes_keep_nothing() -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{"rehash": Rehash(Interval(2, warmup_steps=1), Taylor(1))}, {"memory_budget": "64MiB"}],
+    ids=["rehash", "budget"],
+)
+def test_five_hundred_requests_of_changing_shapes_keep_nothing(settings: dict[str, Any]) -> None:
     """Neither tensors nor other objects, nor memory of the process, grow with requests."""
     model = zoo.tiny_dit()
-    accelrt.wrap(model, rehash=Rehash(Interval(2, warmup_steps=1), Taylor(1)))
+    accelrt.wrap(model, **settings)
     process = psutil.Process()
     counts: list[tuple[int, int]] = []
     with torch.no_grad():

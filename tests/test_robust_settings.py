@@ -10,12 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import model_zoo as zoo
 import pytest
+import torch
 import yaml
+from diffusers import ModelMixin
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from accelrt import Config, Rehash
+from accelrt.cli.scenarios import load_pipeline
 from accelrt.config import RECOMPUTE
 from accelrt.feedback import FeedbackModule, FeedbackSchedule
 from accelrt.feedback.training.config import DistillConfig
@@ -181,9 +186,11 @@ HOSTILE = {
     "infinity": b'{"slice_mib": Infinity}',
     "empty": b" ",
     "aliases": b"a: &a [x, x]\nb: &b [*a, *a]\nff_rows: [*b, *b]\n",
+    "an alias": b"ff_rows: &a 3\nvae_images: *a\n",
     "its own alias": b"&a [*a]",
     "two documents": b"--- 1\n--- 2\n",
     "python object": b"!!python/object/apply:os.getcwd []",
+    "python call": b"ff_rows: !!python/object/apply:builtins.int ['3']",
     "python name": b"ff_rows: !!python/name:os.getcwd",
     "tagged int": b"ff_rows: !!int ''",
     "tagged bool": b"fuse: !!bool maybe",
@@ -276,8 +283,9 @@ def test_feedback_folders_with_other_files(module_folder: Path, tmp_path: Path) 
     (tmp_path / "config.json").write_bytes(config)
     # Pickled weights are not read.
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({"scales": 1}))
-    with pytest.raises(ValueError, match=rf"has no {weights}"):
-        feedback_of(tmp_path)
+    for read in (feedback_of, FeedbackModule.from_pretrained):
+        with pytest.raises(ValueError, match=rf"has no {weights}"):
+            read(tmp_path)
     content = (module_folder / weights).read_bytes()
     for odd in (b"", content[:-40], b"\xff" * 100):
         (tmp_path / weights).write_bytes(odd)
@@ -293,8 +301,31 @@ def test_feedback_folders_with_other_files(module_folder: Path, tmp_path: Path) 
     # An index says in which files the weights are.
     index = {"metadata": {}, "weight_map": {"scales": f"{module_folder}/{weights}"}}
     (tmp_path / f"{weights}.index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(ValueError, match="allowed: one file"):
-        feedback_of(tmp_path)
+    for read in (feedback_of, FeedbackModule.from_pretrained):
+        with pytest.raises(ValueError, match="allowed: one file"):
+            read(tmp_path)
+    nested = FeedbackModule.from_pretrained(module_folder.parent, subfolder=module_folder.name)
+    assert isinstance(nested, FeedbackModule)
+    with pytest.raises(OSError, match=r"config\.json"):
+        FeedbackModule.from_pretrained(tmp_path / "none", local_files_only=True)
+
+
+def test_feedback_modules_of_the_hub_are_not_unpickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(ModelMixin, "from_pretrained", lambda name, **more: asked.update(more))
+    FeedbackModule.from_pretrained("owner/name", use_safetensors=False)
+    assert asked == {"use_safetensors": True}
+
+
+def test_pipelines_are_not_unpickled(tmp_path: Path) -> None:
+    """Not even by torch's restricted reader."""
+    zoo.dit_pipeline().save_pretrained(tmp_path)
+    assert load_pipeline(str(tmp_path), "fp32", "cpu") is not None
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"diffusion_pytorch_model\.safetensors"):
+        load_pipeline(str(tmp_path), "fp32", "cpu")
 
 
 def test_a_module_makes_nothing_but_schedulers() -> None:
@@ -308,8 +339,6 @@ def test_a_module_makes_nothing_but_schedulers() -> None:
 
 
 def test_folders_of_pipelines_name_only_what_is_in_them(tmp_path: Path) -> None:
-    import torch
-
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"_class_name": "AutoencoderKL"}', encoding="utf-8")
@@ -387,6 +416,9 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
             loads |= name in ("torch.load", "torch.save")  # pickles, if restricted ones
             loads |= name.endswith("np.load") and options.get("allow_pickle", "False") != "False"
             loads |= options.get("trust_remote_code", "False") != "False"
+            if name.endswith(".from_pretrained") and "config_class" not in name:
+                passed_on = name == "super().from_pretrained"  # FeedbackModule sets it
+                loads |= not passed_on and options.get("use_safetensors") != "True"
             if loads:
                 bad.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {name}")
     assert not bad

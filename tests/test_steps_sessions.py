@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -256,6 +258,21 @@ def test_a_scheduler_that_comes_after_the_wrap(pipe: Any) -> None:
     accelrt.unwrap(pipe)
     for scheduler in (before, replaced):
         assert not {"step", "set_timesteps", "scale_model_input"} & set(scheduler.__dict__)
+
+
+def test_schedulers_that_are_replaced_are_let_go(pipe: Any) -> None:
+    """With what their requests kept."""
+    accelrt.wrap(pipe, rehash=REHASH)
+    gone = []
+    for _ in range(3):
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        run(pipe)
+        gone.append(weakref.ref(pipe.scheduler))
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    run(pipe)
+    gc.collect()
+    assert [scheduler() for scheduler in gone] == [None] * 3
+    accelrt.unwrap(pipe)
 
 
 def test_hooked_schedulers_look_like_themselves(pipe: Any, alone: Tensor) -> None:

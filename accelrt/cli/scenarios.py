@@ -212,7 +212,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def load_pipeline(model: str, dtype: str, device: str, *, quiet: bool = False) -> Any:
-    """Load a pipeline from a folder or from the hub.
+    """Load a pipeline from a folder or from the hub; of weights, safetensors alone.
 
     Args:
         model: folder or hub id.
@@ -238,7 +238,7 @@ def load_pipeline(model: str, dtype: str, device: str, *, quiet: bool = False) -
         raise FileNotFoundError(f"{model} is neither a folder nor a hub id (owner/name)")
     try:
         with _without_bars(quiet):
-            pipe = loader.from_pretrained(source, dtype=DTYPES[dtype])
+            pipe = loader.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True)
     # An index that names what this diffusers does not have, or is no index: what the loader raises
     # then depends on what is missing.
     except (OSError, AttributeError, KeyError, TypeError) as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.constants import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 from accelrt.steps.origin import model_hash, model_id, weight_norms
@@ -25,6 +28,20 @@ SCALES = ("channel", "block", "scalar")
 ENTERS = ("every", "first")
 #: Timestep of the passes with feedback: that of the step, what the output stands for, the next.
 CONDITIONING = ("t", "ahead", "next")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds no module, or whose weights may lie elsewhere.
+
+    Raises:
+        ValueError: naming the file that is missing, or is one too many.
+    """
+    for name in ("config.json", SAFETENSORS_WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}; allowed: the folder of a module")
+    # An index of several files could name any, and a module is never so large.
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
+        raise ValueError(f"{folder} has {SAFE_WEIGHTS_INDEX_NAME}; allowed: one file")
 
 
 class FeedbackModule(ModelMixin, ConfigMixin):
@@ -115,6 +132,26 @@ class FeedbackModule(ModelMixin, ConfigMixin):
             self.scales = nn.Parameter(torch.zeros(shape))
         else:
             self.register_buffer("scales", torch.ones(shape))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[Any] | None, **options: Any
+    ) -> Any:
+        """A module out of the folder that ``save_pretrained`` wrote; safetensors alone are read.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or a hub id.
+            options: of diffusers' method of this name.
+
+        Raises:
+            ValueError: the folder misses a file, or an index leads to other ones.
+            OSError: a file cannot be read.
+        """
+        folder = Path(pretrained_model_name_or_path or "")
+        if pretrained_model_name_or_path and folder.is_dir():
+            check_folder(folder / (options.get("subfolder") or ""))
+        options["use_safetensors"] = True
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
     def from_backbone(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from accelrt.files import write_figure
 from accelrt.memory.sizes import bytes_text
 
 from .plan import ComponentPlan, GroupPlan, Plan
@@ -133,7 +134,7 @@ def draw(plan: Plan, path: Path) -> None:
         axis.legend(loc="upper right", fontsize=8, frameon=False)
     axes[-1, 0].set_xlabel("one forward, from first to last operator")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    write_figure(figure, path, dpi=120)
     plt.close(figure)
 
 

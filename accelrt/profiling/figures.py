@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from accelrt.files import write_figure
+
 from .analysis import MEMORY, OVERHEAD, PRODUCTS, Row
 from .spans import CALL, COMPONENT, GROUP, PART, STAGE, STEP, Span
 
@@ -82,7 +84,7 @@ def draw_timeline(profile: Profile, path: Path | IO[bytes], step: int | None = N
     axis.set_xlabel("ms")
     what = "all calls" if step is None else f"step {step}"
     axis.set_title(f"{profile.title}, {what}", fontsize=9, loc="left")
-    figure.savefig(path, dpi=110, format=_format(path))
+    _write(figure, path)
 
 
 def hash_of(name: str) -> int:
@@ -140,7 +142,7 @@ def draw_memory(profile: Profile, path: Path | IO[bytes]) -> None:
         axis.legend(fontsize=7, loc="upper right")
     if blocks:
         _layout(axes[1], blocks, origin)
-    figure.savefig(path, dpi=110, format=_format(path))
+    _write(figure, path)
 
 
 def _blocks(profile: Profile) -> list[list[int]]:
@@ -202,7 +204,7 @@ def draw_steps(profile: Profile, path: Path | IO[bytes]) -> None:
     axis.set_ylabel("ms")
     axis.set_title("time per step, by stage", fontsize=9, loc="left")
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path, dpi=110, format=_format(path))
+    _write(figure, path)
 
 
 def _stacks(profile: Profile) -> tuple[list[str], dict[str, dict[int, float]]]:
@@ -295,7 +297,7 @@ def draw_roofline(profile: Profile, path: Path | IO[bytes]) -> None:
     axis.set_ylabel("GFLOP/s")
     axis.set_title("groups under the roofline; size: time", fontsize=9, loc="left")
     axis.legend(fontsize=7, loc="lower right")
-    figure.savefig(path, dpi=110, format=_format(path))
+    _write(figure, path)
 
 
 def _limit(profile: Profile, row: Row) -> str:
@@ -303,5 +305,8 @@ def _limit(profile: Profile, row: Row) -> str:
     return "" if found is None else found[0]
 
 
-def _format(path: Path | IO[bytes]) -> str:
-    return path.suffix.lstrip(".") if isinstance(path, Path) else "png"
+def _write(figure: Figure, path: Path | IO[bytes]) -> None:
+    if isinstance(path, Path):
+        write_figure(figure, path, dpi=110)
+    else:
+        figure.savefig(path, dpi=110, format="png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from accelrt.files import write_bytes
 from accelrt.quality import Comparison
 
 DIFFERENCE_GAIN = 64
@@ -42,10 +44,11 @@ def panels(result: Comparison) -> list[Image.Image]:
 
 def write_pictures(result: Comparison, folder: Path, name: str) -> Path:
     """Write ``name.gif`` for a video, ``name.png`` for images; returns the path."""
-    frames = panels(result)
+    frames, buffer = panels(result), io.BytesIO()
     if not result.video:
         path = folder / f"{name}.png"
-        frames[0].save(path, optimize=True)
+        frames[0].save(buffer, "PNG", optimize=True)
+        write_bytes(path, buffer.getvalue())
         return path
     path = folder / f"{name}.gif"
     indexed = [
@@ -55,8 +58,10 @@ def write_pictures(result: Comparison, folder: Path, name: str) -> Path:
         for frame in frames
     ]
     indexed[0].save(
-        path, save_all=True, append_images=indexed[1:], duration=FRAME_MS, loop=0, optimize=True
-    )
+        buffer, "GIF", save_all=True, append_images=indexed[1:], duration=FRAME_MS, loop=0,
+        optimize=True,
+    )  # fmt: skip
+    write_bytes(path, buffer.getvalue())
     return path
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from accelrt.files import write_figure
+
 if TYPE_CHECKING:
     from accelrt.quality.search import SearchResult
     from accelrt.steps.calibrate import Calibration
@@ -46,7 +48,7 @@ def draw_similarity(calibration: Calibration, path: Path, keys: Sequence[int] = 
         fontsize=9,
         loc="left",
     )
-    figure.savefig(path, dpi=120)
+    write_figure(figure, path, dpi=120)
 
 
 def draw_front(result: SearchResult, path: Path) -> None:
@@ -95,4 +97,4 @@ def draw_front(result: SearchResult, path: Path) -> None:
     axis.set_ylabel("PSNR, dB")
     axis.set_title(f"{result.pipeline}, {result.steps} steps", fontsize=9, loc="left")
     axis.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    write_figure(figure, path, dpi=120)

@@ -188,13 +188,18 @@ def _image_folder(path: Path, pipe: Any) -> list[Captioned]:
                 entry = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where} is not valid JSON: {error}") from error
+            if not isinstance(entry, dict):
+                raise ValueError(f"{where} is {entry!r}; needed: a mapping")
             key = next((key for key in (*TEXTS, *LABELS) if key in entry), None)
             if key is None or "file_name" not in entry:
                 raise ValueError(
                     f"{where} has {', '.join(entry)}; needed: file_name, and one of "
                     f"{', '.join((*TEXTS, *LABELS))}"
                 )
-            file = path / entry["file_name"]
+            name = entry["file_name"]
+            if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{where}: file_name is {name!r}; allowed: a file in the folder")
+            file = path / name
             if not file.is_file():
                 raise FileNotFoundError(f"{where}: there is no {file}")
             value = entry[key] if key in TEXTS else class_of(entry[key], pipe)
