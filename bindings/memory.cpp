@@ -118,6 +118,8 @@ void bind_memory(py::module_& m) {
       .def("allocate", &allocate, py::arg("bytes"), py::arg("preferred"), py::arg("code"),
            py::arg("bits"), py::arg("shape"), py::arg("strides"),
            "A DLPack capsule over a new block, or None if it does not fit.")
+      .def("return_free_pages", &Arena::return_free_pages,
+           "Give the free ranges' pages back to the system; returns their bytes.")
       .def("reset_peak", &Arena::reset_peak)
       .def_property_readonly("alignment", &Arena::alignment)
       .def_property_readonly("slab_bytes", &Arena::slab_bytes)

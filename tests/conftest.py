@@ -54,6 +54,12 @@ def launches() -> Path:
     return build_simulator("accelrt_launches") / "accelrt_launches"
 
 
+@pytest.fixture(scope="session")
+def cpu_check() -> Path:
+    """The program that runs the CPU kernels of every instruction set under sanitizers."""
+    return build_simulator("accelrt_cpu_check") / "accelrt_cpu_check"
+
+
 ISAS = ["generic", "avx2", "avx512", "avx512bf16"]
 TILE_ISAS = ["amx_emulated", "amx"]
 
@@ -72,7 +78,7 @@ FIRST = (
     "test_ops_group_norm", "test_memory_unet", "test_budget", "test_compile",
     "test_exactness_temporal_vae", "test_exactness_passes", "test_steps", "test_pipelining",
     "test_features", "test_exactness_models", "test_exactness_svd", "test_cli_bench",
-    "test_embed_cpp", "test_tiles", "test_robust_runs", "test_exactness_pixart",
+    "test_embed_cpp", "test_tiles", "test_cpu_check", "test_robust_runs", "test_exactness_pixart",
     "test_exactness_unet_2d", "test_graphs", "test_bench_steps", "test_graphs_steps",
     "test_feedback_training", "test_bands", "test_bench_models", "test_demo", "test_memory_vae",
     "test_calibrate", "test_docs", "test_bench_device", "test_bench_feedback", "test_cli_compare",

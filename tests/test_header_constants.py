@@ -83,6 +83,26 @@ def test_panels_of_the_tile_registers() -> None:
     assert panel[1] == "taps * channels / 2 * kBlockColumns"  # words, of two elements
 
 
+def test_what_a_linear_layer_takes_with_tile_registers() -> None:
+    header = constants(LINEAR)
+    assert header["kLinearRowsBytes"] == resident.LINEAR_ROWS_BYTES
+    assert header["kLinearPackBytes"] == resident.LINEAR_PACK_BYTES
+    assert stated(LINEAR, "below # of sums") == resident.LINEAR_SUMS_BYTES
+    source = "kernels/linear/linear_tiles.cpp"
+    tiles = constants("include/accelrt/tiles.h", "include/accelrt/tile_block.h", source)
+    assert tiles["kChunkBytes"] == resident.LINEAR_CHUNK_BYTES
+    assert tiles["kFewestRows"] == resident.LINEAR_CHUNK_ROWS
+    assert tiles["kFewRows"] == resident.LINEAR_FEW_ROWS
+    assert tiles["kPanels"] == resident.LINEAR_PANELS
+    assert tiles["kLine"] == resident.PANEL_CHANNELS  # a row has a line more at most
+    assert f"p.rows > fit ? {resident.LINEAR_FEWEST_PIECES} : " in text_of(source)
+    # Two blocks that are done, and those that wait; a chunk is in whole tiles of rows.
+    sums = tiles["kSumsBytes"] + 2 * 4 * tiles["kBlockSums"]
+    row = resident.LINEAR_CHUNK_BYTES // tiles["kFewestRows"]
+    assert sums + (tiles["kTileRows"] - 1) * row <= resident.LINEAR_SUMS_BYTES
+    assert "int64_t panel() const { return depth / 2 * kBlockColumns; }" in text_of(source)
+
+
 @pytest.mark.parametrize(
     ("path", "name", "python"),
     [

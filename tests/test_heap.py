@@ -50,9 +50,8 @@ def look(keeper: HeapKeeper) -> None:
 
 def test_gives_back_what_exceeds_the_plan(holes):
     keeper = HeapKeeper()
-    keeper.rest()
-    keeper._base -= 60 * MIB  # as if the holes had come since then
     keeper.begin(0)
+    keeper._limit -= 60 * MIB  # as if the blocks had come since then
     holes()
     before = resident_bytes()
     look(keeper)
@@ -70,6 +69,24 @@ def test_what_every_product_frees_is_left_for_the_next(monkeypatch):
     tries.clear()
     for resident, expected in ((129, 0), (135, 1), (150, 1), (160, 2)):
         held[0] = resident * MIB  # after the second look the floor is 135, what an attempt left
+        keeper.keep()
+        assert len(tries) == expected
+
+
+def test_what_others_took_since_is_not_the_runs(monkeypatch):
+    """Another model's slab, made later, had every slice give its pages back and take them anew."""
+    tries, held = [], [100 * MIB]
+    monkeypatch.setattr(heap, "_PAUSE", 0.0)
+    monkeypatch.setattr(heap, "resident_bytes", lambda: held[0])
+    monkeypatch.setattr(heap, "return_free_memory", lambda: tries.append(held[0]))
+    keeper = HeapKeeper()
+    keeper.begin(30 * MIB, slab_bytes=20 * MIB)
+    tries.clear()
+    # With its slab, then with 80 MiB of others before a run, then 8 of its own, then too much.
+    for resident, begins, expected in ((120, 1, 0), (200, 1, 1), (208, 0, 1), (216, 0, 2)):
+        held[0] = resident * MIB
+        if begins:
+            keeper.begin(30 * MIB, slab_bytes=20 * MIB)
         keeper.keep()
         assert len(tries) == expected
 
@@ -108,9 +125,8 @@ def test_does_not_try_again_in_vain(monkeypatch):
     tries = []
     monkeypatch.setattr(heap, "return_free_memory", lambda: tries.append(1))
     keeper = HeapKeeper()
-    keeper.rest()
-    keeper._base -= 100 * MIB
     keeper.begin(0)
+    keeper._limit -= 100 * MIB
     look(keeper)
     look(keeper)
     assert len(tries) == 2  # at rest, and once

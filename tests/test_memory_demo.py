@@ -22,7 +22,7 @@ MIB = 2**20
 def ours(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether linear layers are by our kernel, whatever the processor."""
     chosen = bool(request.param)
-    monkeypatch.setattr(products, "_linear_is_ours", lambda dtype, depth: chosen)
+    monkeypatch.setattr(products, "linear_is_ours", lambda dtype, depth: chosen)
     return chosen
 
 
@@ -60,7 +60,7 @@ def test_a_geglu_holds_no_more_than_half_a_slice(ours: bool, bias: bool) -> None
 
 
 def test_wide_layers_keep_enough_rows_for_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_linear_is_ours", lambda dtype, depth: False)
+    monkeypatch.setattr(products, "linear_is_ours", lambda dtype, depth: False)
     for channels, most in ((320, 819), (640, 409)):  # by the rule: 8 MiB of values and gates
         layer = FeedForward(channels, activation_fn="geglu")
         _, _, rows = _runs(layer, torch.randn(1, 2 * most, channels))
@@ -72,7 +72,7 @@ def test_a_product_with_a_hook_sees_rows_beside_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And what the hook of the first one keeps is not written over."""
-    monkeypatch.setattr(products, "_linear_is_ours", lambda dtype, depth: False)
+    monkeypatch.setattr(products, "linear_is_ours", lambda dtype, depth: False)
     x = torch.randn(1, 300, 64)
     for index in (0, 2):
         layer = FeedForward(64, activation_fn="geglu")
@@ -92,7 +92,7 @@ def test_a_product_with_a_hook_sees_rows_beside_each_other(
 def test_results_are_those_of_a_tensor_of_its_own(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_linear_is_ours", lambda dtype, depth: False)
+    monkeypatch.setattr(products, "linear_is_ours", lambda dtype, depth: False)
     layer = FeedForward(48, activation_fn="geglu").to(dtype)
     x = torch.randn(3, 70, 48).to(dtype)
     y, _, _ = _runs(layer, x)

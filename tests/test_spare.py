@@ -31,7 +31,7 @@ GIB = 2**30
 def ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolutions and projections by our kernels, whatever the processor."""
     monkeypatch.setattr(convolve, "conv_is_ours", lambda dtype: True)
-    monkeypatch.setattr(products, "_linear_is_ours", lambda dtype, depth: True)
+    monkeypatch.setattr(products, "linear_is_ours", lambda dtype, depth: True)
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +157,40 @@ def test_a_convolution_of_ours_is_planned_for(
     assert taken(1280, 2560, 3, torch.bfloat16) == 6 * tile + 16 * MIB // panel * panel
     panel = 9 * 51200 * 32 * 2  # larger than what is packed at a time
     assert taken(64, 51200, 3, torch.bfloat16) == 6 * tile + panel
+
+
+def test_a_linear_layer_on_tile_registers_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows or packed weights for all threads; panels or a chunk of the rows, and sums, for each."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    cpu = torch.device("cpu")
+
+    def taken(outputs: int, inputs: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        layer = nn.Linear(inputs, outputs, device="meta", dtype=dtype)
+        assert resident.product_bytes(layer, cpu) == resident.workspace_bytes(layer, cpu)
+        return resident.workspace_bytes(layer, cpu)
+
+    before = _C.active_isa()
+    try:
+        _C.set_isa("amx_emulated")
+    except RuntimeError as reason:
+        pytest.skip(str(reason))
+    try:
+        assert taken(320, 1280, torch.float16) == 320 * 1280 * 2
+        each = 5 * 2**18 + 512 * 2**10
+        assert taken(320, 70) == 8 * MIB + 3 * each
+        panel = 64 * 2016  # with its padding
+        assert taken(4000, 2000) == 125 * panel + 3 * each
+        assert taken(5000, 2000) == 16 * MIB // panel * panel + 3 * each
+        panel = 64 * 4608
+        each = 256 * (2 * 4608 + 64) + 512 * 2**10
+        assert taken(1152, 4608) == 36 * panel + 3 * each
+        assert taken(18432, 4608) == 18432 * 4608 * 2  # as the library's, which has few rows
+        each = 512 * (2 * 10240 + 64) + 512 * 2**10
+        assert taken(320, 10240) == 8 * MIB + 3 * each
+        _C.set_isa("avx512bf16")
+        assert taken(320, 70) == 320 * 70 * 2
+    finally:
+        _C.set_isa(before)
 
 
 @pytest.mark.parametrize(

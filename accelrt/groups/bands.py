@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from accelrt import ops
 from accelrt.config import Config
 
-from .convolve import conv2d, convolve, serves
+from .convolve import conv2d, convolve, serves, upsampler_conv
 from .norms import GroupNormAct
 from .recognise import has_plain_weights, is_plain, is_pointwise_conv, is_silu, plain_norm
 from .slicing import slice_length, starts
@@ -58,13 +58,10 @@ def is_row_conv(module: object, dtype: torch.dtype | None) -> bool:
     )
 
 
-def upsampler_conv(module: Any, dtype: torch.dtype | None) -> nn.Conv2d | None:
-    """The convolution of a recognised ``Upsample2D`` if it can take rows, else ``None``."""
-    conv = module.conv if module.name == "conv" else module.Conv2d_0
-    plain = module.norm is None and not module.use_conv_transpose
-    if plain and module.use_conv and module.interpolate and is_row_conv(conv, dtype):
-        return conv  # type: ignore[no-any-return]
-    return None
+def upsampler_row_conv(module: Any, dtype: torch.dtype | None) -> nn.Conv2d | None:
+    """The convolution of a plain ``Upsample2D`` if it can take rows, else ``None``."""
+    conv: nn.Conv2d | None = upsampler_conv(module)
+    return conv if is_row_conv(conv, dtype) else None
 
 
 def resnet_bands_reason(block: Any, dtype: torch.dtype | None) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from accelrt import ops
 from accelrt.config import Config
+from accelrt.memory.arena import temporary
 
 from .feed_forward import FeedForwardRunner
 from .recognise import has_plain_weights, is_plain, is_plain_linear, plain_norm
@@ -110,7 +111,7 @@ class BlockCall:
             need = ops.transformer_block_workspace(
                 stream, self.weights, context=context, ff_rows=rows, heads_per_slice=self.heads
             )
-            self._workspace = stream.new_empty(need)
+            self._workspace = temporary(stream, need)
         ops.transformer_block(
             stream, modulation, self.weights, mask=mask, context=context, cross_mask=cross_mask,
             ff_rows=rows, heads_per_slice=self.heads, workspace=self._workspace,

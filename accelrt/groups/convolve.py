@@ -106,6 +106,14 @@ def convolve(module: Any, x: Tensor, *, fuse: bool = True, spare: Spare | None =
     return y
 
 
+def upsampler_conv(module: Any) -> Any:
+    """What a plain ``Upsample2D`` runs after interpolation; ``None`` if it does anything else."""
+    plain = is_plain(module, Upsample2D) and module.norm is None and not module.use_conv_transpose
+    if not plain or not module.use_conv or not module.interpolate:
+        return None
+    return module.conv if module.name == "conv" else module.Conv2d_0
+
+
 def enlarge(
     module: Any,
     x: Tensor,
@@ -123,18 +131,8 @@ def enlarge(
         fuse: ``False``: as it came.
         spares: where the enlarged images go, and where our kernel writes the output.
     """
-    conv: Any = getattr(
-        module, "conv" if getattr(module, "name", "") == "conv" else "Conv2d_0", None
-    )
-    if (
-        fuse
-        and is_plain(module, Upsample2D)
-        and module.norm is None
-        and not module.use_conv_transpose
-        and module.use_conv
-        and module.interpolate
-        and is_ours(conv, x)
-    ):
+    conv = upsampler_conv(module)
+    if fuse and is_ours(conv, x):
         images, output = spares
         larger = _nearest(x, size) if images is None else _nearest_into(images, x, size)
         return convolve(conv, larger, spare=output)

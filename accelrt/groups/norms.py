@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from accelrt import ops
+from accelrt.memory.arena import temporary
 
 from .recognise import is_silu, plain_norm
 from .spare import Spare
@@ -139,7 +140,7 @@ class ClipNorm:
             return part.contiguous() if self.act is None else self.act(part.contiguous())
         norm = self.norm
         assert isinstance(norm, nn.GroupNorm)
-        y = part.new_empty(part.shape)
+        y = temporary(part, *part.shape)
         ops.group_norm_apply(
             planar(part), self.stats, norm.num_groups, norm.weight, norm.bias, eps=norm.eps,
             add=self.add, frames=self.frames, silu=self.silu, out=planar(y),

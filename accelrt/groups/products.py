@@ -28,7 +28,8 @@ DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _linear_is_ours(dtype: torch.dtype, depth: int) -> bool:
+def linear_is_ours(dtype: torch.dtype, depth: int) -> bool:
+    """Whether our kernel is the faster one on this processor for rows of ``depth`` elements."""
     name = DTYPE_NAMES.get(dtype)
     return name is not None and _C.own_linear_is_faster(name, depth)
 
@@ -81,7 +82,7 @@ def is_ours(layer: nn.Module, x: Tensor) -> bool:
         runs_on_cpu(x)
         and is_plain_linear(layer)
         and has_plain_weights(layer, x.dtype)
-        and _linear_is_ours(x.dtype, x.shape[-1])
+        and linear_is_ours(x.dtype, x.shape[-1])
         and layer.weight.is_contiguous()  # type: ignore[operator]
         and _has_rows(x)
     )
@@ -99,7 +100,7 @@ def project(layer: Any, x: Tensor, *, fuse: bool = True, spare: Spare | None = N
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` for ``[..., K]``, with plain weights in the dtype of ``x``."""
-    ours = runs_on_cpu(x) and _linear_is_ours(x.dtype, x.shape[-1])
+    ours = runs_on_cpu(x) and linear_is_ours(x.dtype, x.shape[-1])
     if ours and weight.is_contiguous() and _has_rows(x):
         return _own(x, weight, bias)
     return F.linear(x, weight, bias)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from accelrt import ops
 from accelrt.config import Config
 from accelrt.memory import arena
-from accelrt.memory.arena import keep_to_plan
+from accelrt.memory.arena import keep_to_plan, temporary_as, temporary_images
 
 from .bands import (
     BandedResnet,
@@ -20,7 +20,7 @@ from .bands import (
     enlarge_in_bands,
     resnet_bands_reason,
     rows_per_band,
-    upsampler_conv,
+    upsampler_row_conv,
 )
 from .base import UNTOUCHED, Group, Status, by_name
 from .convolve import convolve, enlarge, is_ours
@@ -100,7 +100,7 @@ class ResnetGroup(Group):
         if self.config.bands and self.config.fuse and status.kind != UNTOUCHED:
             why = resnet_bands_reason(self.module, None)
             if not why and self.before is not None:
-                plain = self.before.unsliced() or upsampler_conv(self.before.module, None)
+                plain = self.before.unsliced() or upsampler_row_conv(self.before.module, None)
                 why = "" if plain else "the upsampler has no plain 3x3 convolution"
             if why:
                 status.reason = "; ".join(filter(None, (status.reason, f"no bands: {why}")))
@@ -218,14 +218,14 @@ class ResnetGroup(Group):
             h = second(h, add=add, scale=times, shift=shift, overwrite=overwrite1)
             h = convolve(block.conv2, h, fuse=fuse, spare=spares.first)
             keep_to_plan()
-            residual = xs if ys is None else torch.cat([xs, ys], dim=1)
+            residual = xs if ys is None else _joined(xs, ys)
             del xs, ys
             if resample is not None:
                 residual = resample(residual)
             if block.conv_shortcut is not None:
                 residual = convolve(block.conv_shortcut, residual, fuse=fuse, spare=spares.second)
             if single and spares.first is None:
-                target = h if overwrite2 else torch.empty_like(h)
+                target = h if overwrite2 else temporary_as(h)
                 out = target
             else:
                 if out is None:
@@ -361,7 +361,7 @@ class _Plan:
         wanted = config.frames_per_slice
         self.length = slice_length(self.images, wanted, row * self.height, config, x.device)
         self.rows = rows_per_band(self.height, row, config, x.device)
-        self.conv = None if before is None else upsampler_conv(before.module, x.dtype)
+        self.conv = None if before is None else upsampler_row_conv(before.module, x.dtype)
         self.banded = (
             self.rows < self.height
             and config.fuse
@@ -375,6 +375,12 @@ def _images(x: Skip | None, start: int, stop: int) -> Tensor | None:
     if x is None or not isinstance(x, Tensor):
         return None if x is None else x.images(start, stop)
     return x if stop - start == x.shape[0] else x[start:stop]
+
+
+def _joined(x: Tensor, y: Tensor) -> Tensor:
+    """Two slices of channels-last images, joined along the channels."""
+    joint = temporary_images(x, x.shape[0], x.shape[1] + y.shape[1], *x.shape[2:])
+    return torch.cat([x, y], dim=1, out=joint)
 
 
 def _residual_sum(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from accelrt.config import Config
 
-from .bands import NearestRows, enlarge_in_bands, rows_per_band, upsampler_conv
+from .bands import NearestRows, enlarge_in_bands, rows_per_band, upsampler_row_conv
 from .base import Group, by_name
 from .convolution import over_images, recomputed, skips_are_ours
 from .convolve import enlarge
@@ -149,7 +149,7 @@ class UpsampleGroup(Group):
         images = x.shape[0]
         channels, height, width = self.shape(x, size)
         row = max(x.shape[1], channels) * width * x.element_size()
-        conv = upsampler_conv(module, x.dtype)
+        conv = upsampler_row_conv(module, x.dtype)
         rows = height if conv is None else rows_per_band(height, row, self.config, x.device)
         out: Tensor | None = None
         if rows < height:

@@ -10,6 +10,7 @@ from diffusers.models.attention import TemporalBasicTransformerBlock
 from torch import Tensor, nn
 
 from accelrt.config import Config
+from accelrt.memory.arena import temporary
 
 from .attention import CrossAttention, attention_reason, by_pixel, temporal_self_attention
 from .feed_forward import FeedForwardRunner, activation_remark, feed_forward_reason
@@ -89,7 +90,7 @@ class TemporalBlockRunner(SubLayers):
             spatial: ``[B * T, P, D]``, the spatial stream of some pixels.
             position: ``[B * T, D]``, the embedding of each frame's position.
         """
-        mix = spatial.new_empty(spatial.shape)
+        mix = temporary(spatial, *spatial.shape)
         placed = position[:, None, :].expand_as(spatial)
         normed: Tensor | None = self.norms.add_norm("norm_in", placed, spatial, into=mix)
         assert normed is not None

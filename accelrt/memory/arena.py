@@ -52,6 +52,8 @@ _DTYPES = {
     torch.int64: (0, 64),
 }
 _BYTES = (1, 8)
+#: Bytes from which :meth:`Arena.temporary` takes a tensor: the holes of smaller ones are filled.
+LEAST_TEMPORARY = 2**16
 
 
 def alignment_of(device: torch.device | str) -> int:
@@ -134,6 +136,10 @@ class Arena:
     that wait for each other (:mod:`accelrt.groups.pipelining`).
     :meth:`empty` may be called by several threads; the other methods by one at a time.
 
+    What operators return within a slice comes and goes too often for a schedule. On a CPU it has
+    a second slab, :meth:`temporary`, instead of the heap, whose holes would make the process
+    hold much more than is alive.
+
     On the meta device there is no slab: tensors are ordinary and are recorded.
 
     Args:
@@ -160,7 +166,9 @@ class Arena:
         self._next = 0
         self._core: _C.Arena | None = None
         self._address = 0
-        self.heap = HeapKeeper() if device.type == "cpu" else None
+        self._temporaries: _C.Arena | None = None
+        self._temporaries_address = 0
+        self.heap: HeapKeeper | None = None
         if device.type == "meta":
             return
         alignment = alignment_of(device)
@@ -168,38 +176,52 @@ class Arena:
             index = torch.cuda.current_device() if device.index is None else device.index
             self.device = torch.device("cuda", index)
         self._core = _C.Arena(_DEVICE_TYPES[device.type], self.device.index or 0, alignment)
+        if device.type == "cpu":
+            self._temporaries = _C.Arena(_DEVICE_TYPES["cpu"], 0, alignment)
+            self.heap = HeapKeeper(self._temporaries.return_free_pages)
 
-    def reserve(self, slab_bytes: int) -> None:
-        """Make the slab this large, rounded up to the alignment.
+    def reserve(self, slab_bytes: int, temporary_bytes: int = 0) -> None:
+        """Make the slabs this large, rounded up to the alignment.
 
-        A slab of another size is replaced. Tensors of the old one stay valid and keep it in
+        Slabs of other sizes are replaced. Tensors of an old one stay valid and keep it in
         memory; without any, the old one is freed before the new one is made.
 
         Args:
-            slab_bytes: bytes; 0 is :meth:`release`.
+            slab_bytes: bytes; 0 for none.
+            temporary_bytes: of the slab for :meth:`temporary`, on a CPU; 0 for none.
 
         Raises:
             ValueError: a negative size.
         """
-        if slab_bytes < 0:
-            raise ValueError(f"slab_bytes is {slab_bytes}; it must not be negative")
-        core = self._core
+        if slab_bytes < 0 or temporary_bytes < 0:
+            raise ValueError(
+                f"slab_bytes is {slab_bytes} and temporary_bytes {temporary_bytes}; neither must "
+                "be negative"
+            )
+        core, second = self._core, self._temporaries
         if core is None:
             return
         slab_bytes = -(-slab_bytes // core.alignment) * core.alignment
-        if slab_bytes == core.slab_bytes:
+        temporary_bytes = -(-temporary_bytes // core.alignment) * core.alignment
+        if second is None:
+            temporary_bytes = 0
+        if (slab_bytes, temporary_bytes) == (core.slab_bytes, self.temporary_bytes):
             return
-        core.release()
+        self.release()
         if self.heap is not None:
             self.heap.rest()  # without what another model's slices left in the heap
         if slab_bytes > 0:
             self._address, owner = _make_slab(slab_bytes, self.device)
             core.set_slab(self._address, slab_bytes, owner)
+        if second is not None and temporary_bytes > 0:
+            self._temporaries_address, owner = _make_slab(temporary_bytes, self.device)
+            second.set_slab(self._temporaries_address, temporary_bytes, owner)
 
     def release(self) -> None:
-        """Forget the slab; its memory returns when its last tensor dies."""
-        if self._core is not None:
-            self._core.release()
+        """Forget the slabs; their memory returns when the last tensor of each dies."""
+        for core in (self._core, self._temporaries):
+            if core is not None:
+                core.release()
 
     def schedule(self, offsets: Sequence[int] | None) -> None:
         """Say where the tensors of a run shall lie.
@@ -242,20 +264,34 @@ class Arena:
         index = self._next
         self._next = index + 1
         preferred = self._offsets[index] if index < len(self._offsets) else -1
-        size = elements * dtype.itemsize
         strides = _strides(shape, channels_last)
-        typed = _DTYPES.get(dtype)
-        if typed is None:
-            capsule = core.allocate(size, preferred, *_BYTES, (size,), (1,))
-        else:
-            capsule = core.allocate(size, preferred, *typed, shape, strides)
-        if capsule is None:
+        block = _block(core, preferred, shape, strides, dtype)
+        if block is None:
             return _ordinary(self.device, shape, dtype, channels_last)
-        tensor = from_dlpack(capsule)
-        note_created(tensor)
         if _on_block is not None:
-            _on_block(self, tensor, tensor.data_ptr() - self._address)
-        return tensor if typed else tensor.view(dtype).as_strided(shape, strides)
+            _on_block(self, block, block.data_ptr() - self._address)
+        return block
+
+    def temporary(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        """An uninitialised contiguous tensor for the time of a slice, out of the second slab.
+
+        Args:
+            shape: its sizes.
+            dtype: its type.
+
+        Returns:
+            ``None`` if it does not fit, or is too small to leave a hole worth the while.
+        """
+        core, elements = self._temporaries, math.prod(shape)
+        if core is None or elements * dtype.itemsize < LEAST_TEMPORARY:
+            return None
+        return _block(core, -1, shape, _strides(shape, False), dtype)
+
+    def is_temporary(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the slab of :meth:`temporary`."""
+        if not tensor.is_cpu or self.temporary_bytes == 0:
+            return False
+        return 0 <= tensor.data_ptr() - self._temporaries_address < self.temporary_bytes
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether a tensor that :meth:`empty` gave lies in the slab; on the meta device, all do."""
@@ -279,8 +315,13 @@ class Arena:
         return 0 if self._core is None else self._core.slab_bytes
 
     @property
+    def temporary_bytes(self) -> int:
+        """Size of the slab for :meth:`temporary`."""
+        return 0 if self._temporaries is None else self._temporaries.slab_bytes
+
+    @property
     def live_bytes(self) -> int:
-        """Aligned bytes of the living tensors of the arena."""
+        """Aligned bytes of the living tensors of the arena, temporaries apart."""
         return 0 if self._core is None else self._core.live_bytes
 
     @property
@@ -391,6 +432,38 @@ def empty(
     return _ordinary(device, shape, dtype, channels_last)
 
 
+def temporary(like: Tensor, *shape: int) -> Tensor:
+    """An uninitialised contiguous tensor, as ``like.new_empty`` makes one, for a slice's time.
+
+    From the active arena, if that has a slab for such tensors; else from the allocator.
+
+    Args:
+        like: gives dtype and device.
+        shape: its sizes.
+    """
+    if not torch.compiler.is_compiling():
+        arena = current()
+        if arena is not None and like.device == arena.device:
+            made = arena.temporary(shape, like.dtype)
+            if made is not None:
+                return made
+    return like.new_empty(shape)
+
+
+def temporary_images(like: Tensor, images: int, channels: int, *sides: int) -> Tensor:
+    """The same for images ``[N, C, H, W]``, channels-last."""
+    return temporary(like, images, *sides, channels).movedim(-1, 1)
+
+
+def temporary_as(x: Tensor) -> Tensor:
+    """The same with the shape of ``x``, and with its strides where it is dense."""
+    if x.is_contiguous():
+        return temporary(x, *x.shape)
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return temporary_images(x, *x.shape)
+    return torch.empty_like(x)
+
+
 def _same(own: torch.device, device: torch.device) -> bool:
     if own.type != device.type:
         return False
@@ -414,6 +487,23 @@ def _strides(shape: Sequence[int], channels_last: bool) -> list[int]:
         strides.append(stride)
         stride *= size
     return strides[::-1]
+
+
+def _block(
+    core: _C.Arena, preferred: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+) -> Tensor | None:
+    """A tensor out of a slab, at an offset if that is free; ``None`` if it does not fit."""
+    size = math.prod(shape) * dtype.itemsize
+    typed = _DTYPES.get(dtype)
+    if typed is None:
+        capsule = core.allocate(size, preferred, *_BYTES, (size,), (1,))
+    else:
+        capsule = core.allocate(size, preferred, *typed, shape, strides)
+    if capsule is None:
+        return None
+    tensor = from_dlpack(capsule)
+    note_created(tensor)
+    return tensor if typed else tensor.view(dtype).as_strided(shape, strides)
 
 
 def _make_slab(slab_bytes: int, device: torch.device) -> tuple[int, object]:

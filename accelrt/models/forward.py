@@ -38,6 +38,7 @@ class Cut:
         slab_bytes: that the arena needs for them.
         heap_bytes: that the run may hold, the slab among them, before the heap gives pages back.
         product_bytes: that a matrix product takes beside them, and frees again.
+        temporary_bytes: that what comes and goes within slices needs.
         step: that the call is of, where steps are cut along time.
     """
 
@@ -48,6 +49,7 @@ class Cut:
     slab_bytes: int = 0
     heap_bytes: int = 0
     product_bytes: int = 0
+    temporary_bytes: int = 0
     step: Step | None = None
 
     def placed(
@@ -57,11 +59,12 @@ class Cut:
         slab_bytes: int = 0,
         heap_bytes: int = 0,
         product_bytes: int = 0,
+        temporary_bytes: int = 0,
     ) -> Cut:
         """The same cut with its buffers in ``arena``."""
         return replace(
             self, arena=arena, offsets=offsets, slab_bytes=slab_bytes, heap_bytes=heap_bytes,
-            product_bytes=product_bytes,
+            product_bytes=product_bytes, temporary_bytes=temporary_bytes,
         )  # fmt: skip
 
 
@@ -77,11 +80,11 @@ def placing(cut: Cut) -> Iterator[None]:
         yield
         return
     try:
-        arena.reserve(cut.slab_bytes)
+        arena.reserve(cut.slab_bytes, cut.temporary_bytes)
         arena.schedule(cut.offsets)
         arena.begin()
         if arena.heap is not None:
-            arena.heap.begin(cut.heap_bytes, cut.product_bytes)
+            arena.heap.begin(cut.heap_bytes, cut.product_bytes, cut.slab_bytes)
         with activate(arena):
             yield
     finally:
@@ -314,15 +317,22 @@ class Forward:
         module, family = self.module, self.family
         with placing(cut):
             if cut.step is not None and self.stepper is not None:
-                return self.stepper.run(self, cut, inputs, cut.step, first)
+                return _kept(cut, self.stepper.run(self, cut, inputs, cut.step, first))
 
             def body(given: dict[str, Any]) -> Tensor:
                 state = execute(cut.stages, family.begin(module, given["inputs"]), self.observer)
                 return family.finish(module, state)
 
             if self.graphs is None or torch.compiler.is_compiling():
-                return body({"inputs": inputs})
+                return _kept(cut, body({"inputs": inputs}))
             return self.graphs.run(self, cut, Pass(COMPUTED, None, {"inputs": inputs}, body))
+
+
+def _kept(cut: Cut, result: Tensor) -> Tensor:
+    """A result that holds on to none of the memory for temporaries."""
+    if cut.arena is not None and cut.arena.is_temporary(result):
+        return result.clone()
+    return result
 
 
 def _run(module: nn.Module, forward: Forward, cut: Cut, **inputs: Any) -> Any:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from accelrt import reference
+from accelrt.memory.arena import temporary, temporary_as
 
 from ._library import (
     check_cuda_built,
@@ -34,7 +35,7 @@ def _check(op: str, x: Tensor, bias: Tensor | None, out: Tensor, width: int) -> 
 def _activation(op: str, kind: int, x: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     if x.dim() == 0:
         raise fails(op, "x has no dimension")
-    result = torch.empty_like(x) if out is None else out
+    result = temporary_as(x) if out is None else out
     try:
         native.activation(x, bias, kind, result)
     except RuntimeError as error:
@@ -91,7 +92,7 @@ def geglu(
     if x.dim() == 0 or x.shape[-1] % 2:
         raise fails("geglu", f"the last dimension of x {tuple(x.shape)} must be even")
     width = x.shape[-1] // 2
-    result = x.new_empty((*x.shape[:-1], width)) if out is None else out
+    result = temporary(x, *x.shape[:-1], width) if out is None else out
     try:
         native.geglu(x, bias, _GEGLU_KINDS[approximate], result)
     except RuntimeError as error:

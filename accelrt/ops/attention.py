@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from accelrt import reference
+from accelrt.memory.arena import temporary
 
 from ._library import (
     check_cuda_built,
@@ -100,7 +101,7 @@ def attention(
     """
     if q.dtype == torch.float64:
         return reference.attention(q, k, v, bias=bias, scale=scale, out=out)
-    result = q.new_empty(q.shape) if out is None else out
+    result = temporary(q, *q.shape) if out is None else out
     value = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     try:
         native.attention(q, k, v, bias, value, result)
@@ -165,7 +166,7 @@ def temporal_attention(
     """
     if q.dtype == torch.float64:
         return reference.temporal_attention(q, k, v, num_heads, scale=scale, out=out)
-    result = q.new_empty(q.shape) if out is None else out
+    result = temporary(q, *q.shape) if out is None else out
     if num_heads < 1:
         raise fails("temporal_attention", f"num_heads is {num_heads}; it must be at least 1")
     value = max(q.shape[-1] // num_heads, 1) ** -0.5 if scale is None else scale

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from accelrt import reference
+from accelrt.memory.arena import temporary_as
 
 from ._library import (
     check_cuda_built,
@@ -55,7 +56,7 @@ def residual_blend(
     """
     if x.dtype == torch.float64:
         return reference.residual_blend(x, y, alpha=alpha, scale=scale, out=out)
-    result = torch.empty_like(x) if out is None else out
+    result = temporary_as(x) if out is None else out
     try:
         native.residual_blend(x, y, alpha, scale, result)
     except RuntimeError as error:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from accelrt import reference
+from accelrt.memory.arena import temporary
 from accelrt.reference.block import (
     AttentionWeights,
     BlockContext,
@@ -181,7 +182,7 @@ def transformer_block(
         need = transformer_block_workspace(
             stream, weights, context=context, ff_rows=ff_rows, heads_per_slice=heads_per_slice
         )
-        workspace = stream.new_empty(need)
+        workspace = temporary(stream, need)
     elif workspace is None:
         workspace = stream.new_empty(0)
     norm1, attention, norm2, ff, cross = weights

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accelrt import reference
+from accelrt.memory.arena import temporary_images
 
 from ._library import check_shape, check_tensor, explain, fails, native, register_fake
 
@@ -55,7 +56,7 @@ def conv2d(
         if x.dim() != 4 or weight.dim() != 4:
             raise _dimensions(x, weight)
         shape = (x.shape[0], weight.shape[0], *_extent(x, weight, strides, paddings))
-        out = x.new_empty(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+        out = temporary_images(x, *shape)
     args = (_channels_last(x), weight, bias, *strides, *paddings, _channels_last(out))
     if x.device.type == "cuda":
         _fake(*args)

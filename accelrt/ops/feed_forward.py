@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from accelrt import _C, reference
+from accelrt.memory.arena import temporary
 from accelrt.reference.block import FeedForwardWeights
 
 from ._library import (
@@ -113,9 +114,9 @@ def feed_forward(
     if add_to is not None:
         result = add_to
     else:
-        result = x.new_empty(x.shape[0], weights.out.weight.shape[0]) if out is None else out
+        result = temporary(x, x.shape[0], weights.out.weight.shape[0]) if out is None else out
     if scratch is None:
-        scratch = x.new_empty(feed_forward_scratch(x, weights, add=add))
+        scratch = temporary(x, feed_forward_scratch(x, weights, add=add))
     per_sample = 1 if gate is None else max(x.shape[0] // max(gate.shape[0], 1), 1)
     args = (
         x, *weights.hidden, *weights.out, ACTIVATIONS[weights.activation], gate, per_sample, add,

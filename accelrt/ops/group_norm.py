@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from accelrt import reference
+from accelrt.memory.arena import temporary, temporary_as, temporary_images
 from accelrt.reference import group_norm_merge
 
 from ._library import (
@@ -173,13 +174,10 @@ def group_norm_apply(
         )  # fmt: skip
     if out is None:
         if x2 is None:
-            out = torch.empty_like(x)
+            out = temporary_as(x)
         else:
-            layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
-            out = torch.empty(
-                (x.shape[0], x.shape[1] + x2.shape[1], *x.shape[2:]),
-                dtype=x.dtype, device=x.device, memory_format=layout,
-            )  # fmt: skip
+            made = temporary_images if x.stride(1) == 1 else temporary
+            out = made(x, x.shape[0], x.shape[1] + x2.shape[1], *x.shape[2:])
     try:
         native.group_norm_apply(
             x, x2, add, stats, weight, bias, scale, shift, num_groups, frames, eps, silu, out

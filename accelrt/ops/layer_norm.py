@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from accelrt import reference
+from accelrt.memory.arena import temporary
 
 from ._library import (
     check_cuda_built,
@@ -71,7 +72,7 @@ def layer_norm_modulate(
         return reference.layer_norm_modulate(
             x, weight, bias, scale=scale, shift=shift, eps=eps, out=out
         )
-    result = x.new_empty(x.shape) if out is None else out
+    result = temporary(x, *x.shape) if out is None else out
     args = (x, weight, bias, scale, shift, eps, result)
     try:
         native.layer_norm_modulate(*args)
@@ -116,8 +117,8 @@ def gate_residual_layer_norm_modulate(
             x, residual, gate, weight, bias, scale=scale, shift=shift, inject=inject,
             inject_scale=inject_scale, eps=eps, out=out, residual_out=residual_out,
         )  # fmt: skip
-    normed = x.new_empty(x.shape) if out is None else out
-    new = x.new_empty(x.shape) if residual_out is None else residual_out
+    normed = temporary(x, *x.shape) if out is None else out
+    new = temporary(x, *x.shape) if residual_out is None else residual_out
     args = (x, residual, gate, weight, bias, scale, shift, inject, inject_scale, eps, normed, new)
     try:
         native.gate_residual_layer_norm_modulate(*args)

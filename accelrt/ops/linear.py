@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from accelrt import reference
+from accelrt.memory.arena import temporary
 
 from ._library import (
     check_cuda_built,
@@ -72,7 +73,7 @@ def linear(
     else:
         epilogue = _ACTIVATIONS[activation]
         if out is None:
-            out = x.new_empty(x.shape[0], _columns(weight, epilogue))
+            out = temporary(x, x.shape[0], _columns(weight, epilogue))
         result = out
     per_sample = 1 if gate is None else max(x.shape[0] // max(gate.shape[0], 1), 1)
     args = (x, weight, bias, epilogue, gate, per_sample, result)

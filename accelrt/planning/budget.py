@@ -199,7 +199,7 @@ class BudgetPlanner:
         workspace = workspace_bytes(forward.module, device, count)
         if self.spec == AUTO:
             arena = self._arenas.get(device)
-            held = 0 if arena is None else arena.reserved_bytes
+            held = 0 if arena is None else arena.reserved_bytes + arena.temporary_bytes
             return int((free_bytes(device) + held) * (1 - AUTO_MARGIN)) - workspace, 0
         apart = 0
         if not self.standalone:
@@ -223,7 +223,9 @@ class BudgetPlanner:
         product = product_bytes(forward.module, device)
         # With room in the budget there is no reason to give pages back and take them anew.
         allowed = max(plan.slab_bytes + plan.own_bytes, limit or 0)
-        cut = cut.placed(arena, plan.offsets, plan.slab_bytes, allowed, product)
+        cut = cut.placed(
+            arena, plan.offsets, plan.slab_bytes, allowed, product, temporary_bytes=plan.own_bytes
+        )
         # The memory of a request's features waits for the next one, if graphs work in it.
         held = plan.graphs_bytes + kept if plan.graphs_bytes else 0
         return _Planned(plan, cut, held)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from accelrt import _C
 from accelrt.groups.convolve import conv_is_ours
+from accelrt.groups.products import linear_is_ours
 from accelrt.memory.tracker import storage_bytes
 
 # What a convolution of ours takes: csrc/kernels/conv2d/conv2d.h, whose kConv2dTileBytes and
@@ -22,6 +23,18 @@ BESIDE_TILE_BYTES = 640 * 2**10
 PACK_BYTES = 16 * 2**20
 PANEL_CHANNELS = 32
 TILE_ISAS = ("amx", "amx_emulated")
+
+# What a linear layer of ours takes with tile registers: csrc/kernels/linear/linear.h, and constants
+# of linear_tiles.cpp. The threads share the rows or the packed weights; each has some panels, or a
+# chunk of the rows, and sums.
+LINEAR_ROWS_BYTES = 8 * 2**20
+LINEAR_PACK_BYTES = 16 * 2**20
+LINEAR_CHUNK_BYTES = 5 * 2**18
+LINEAR_CHUNK_ROWS = 256  # at least
+LINEAR_FEW_ROWS = 512  # that are one chunk
+LINEAR_PANELS = 8
+LINEAR_FEWEST_PIECES = 8  # of a product whose pieces have several panels
+LINEAR_SUMS_BYTES = 512 * 2**10
 
 
 def free_bytes(device: torch.device) -> int:
@@ -41,8 +54,8 @@ def workspace_bytes(model: nn.Module, device: torch.device, budget_bytes: int = 
     On the CPU oneDNN holds the weights of the running product a second time, in its own
     order. Those of a convolution torch has copied to channels last before, and as much again
     may lie free in the heap until a run looks at it; our convolution has a tile per thread
-    instead, and with tile registers some packed weights. One part in a hundred of the budget
-    is left to the heap, which does not return every page that is free.
+    instead, and with tile registers some packed weights, as has our linear layer. One part in
+    a hundred of the budget is left to the heap, which does not return every page that is free.
     """
     if device.type == "cuda":
         return 0  # in the device's own pools, which torch reserves once
@@ -51,7 +64,7 @@ def workspace_bytes(model: nn.Module, device: torch.device, budget_bytes: int = 
 
 
 def product_bytes(model: nn.Module, device: torch.device) -> int:
-    """What products of ``model`` take and free again on the CPU: the largest of their weights.
+    """What products of ``model`` take and free again on the CPU, mostly the largest weights.
 
     A run that gives this back after every one of them gets it anew, page by page, for the next.
     """
@@ -64,25 +77,47 @@ def product_bytes(model: nn.Module, device: torch.device) -> int:
 def _taken_bytes(weight: Tensor) -> int:
     """What a product with ``weight`` takes on the CPU beside its input and output."""
     size = weight.numel() * weight.element_size()
+    tiles = weight.dtype == torch.bfloat16 and _C.active_isa() in TILE_ISAS
     if weight.dim() <= 2:
-        return size
+        # Few rows are the library's in any case.
+        ours = tiles and weight.dim() == 2 and linear_is_ours(weight.dtype, weight.shape[1])
+        return max(size, _linear_on_tiles(weight)) if ours else size
     if not conv_is_ours(weight.dtype):
         return 4 * size
     tile, packed = TILE_BYTES + BESIDE_TILE_BYTES, 0
-    if weight.dtype == torch.bfloat16 and _C.active_isa() in TILE_ISAS:
-        tile, packed = 2 * TILE_BYTES + 2 * BESIDE_TILE_BYTES, _packed_bytes(weight)
+    if tiles:
+        tile, packed = 2 * TILE_BYTES + 2 * BESIDE_TILE_BYTES, _packed(weight, PACK_BYTES)
     return torch.get_num_threads() * tile + packed
 
 
-def _packed_bytes(weight: Tensor) -> int:
-    """Of the packed weights ``[O, C, *]`` that are there at a time: in whole panels, at least one.
+def _panels(weight: Tensor) -> tuple[int, int]:
+    """How many panels the weights ``[O, C, *]`` make, and the bytes of one.
 
     The input channels of a panel are padded to as many as a tile takes, which are 32 too.
     """
     outputs, inputs, *kernel = weight.shape
-    panels, depth = -(-outputs // PANEL_CHANNELS), -(-inputs // PANEL_CHANNELS) * PANEL_CHANNELS
+    depth = max(1, -(-inputs // PANEL_CHANNELS)) * PANEL_CHANNELS
     panel = prod(kernel) * depth * PANEL_CHANNELS * weight.element_size()
-    return max(1, min(PACK_BYTES // panel, panels)) * panel
+    return -(-outputs // PANEL_CHANNELS), panel
+
+
+def _packed(weight: Tensor, most: int) -> int:
+    """Bytes of the packed weights that are there at a time: whole panels, at least one."""
+    panels, panel = _panels(weight)
+    return max(1, min(most // panel, panels)) * panel
+
+
+def _linear_on_tiles(weight: Tensor) -> int:
+    """What our linear layer takes with tile registers, whatever the number of rows."""
+    panels, panel = _panels(weight)
+    row = panel // PANEL_CHANNELS + PANEL_CHANNELS * weight.element_size()  # a line more at most
+    # All rows are one chunk if that is few and yet more than the threads share.
+    few = row * LINEAR_FEW_ROWS > LINEAR_ROWS_BYTES
+    chunk = max(LINEAR_CHUNK_BYTES, row * (LINEAR_FEW_ROWS if few else LINEAR_CHUNK_ROWS))
+    together = max(1, min(LINEAR_PANELS, (panels - 1) // (LINEAR_FEWEST_PIECES - 1)))
+    each = max(chunk, together * panel) + LINEAR_SUMS_BYTES
+    shared = max(LINEAR_ROWS_BYTES, _packed(weight, LINEAR_PACK_BYTES))
+    return shared + torch.get_num_threads() * each
 
 
 def resident_bytes(

@@ -1,5 +1,10 @@
 #include "runtime/arena.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <limits>
 #include <map>
@@ -191,6 +196,26 @@ ArenaBlock Arena::allocate(int64_t bytes, int64_t preferred) {
   block.offset_ = offset;
   block.bytes_ = size;
   return block;
+}
+
+int64_t Arena::return_free_pages() {
+  int64_t returned = 0;
+#ifdef __linux__
+  if (state_->device.type != dlpack::kDLCPU) return 0;
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const std::lock_guard<std::mutex> lock(state_->mutex);
+  if (state_->slab == nullptr) return 0;
+  const auto base = reinterpret_cast<uintptr_t>(state_->slab->base);
+  for (const auto& [offset, length] : state_->slab->gaps) {
+    const uintptr_t begin = (base + offset + page - 1) / page * page;
+    const uintptr_t end = (base + offset + length) / page * page;
+    if (begin >= end) continue;
+    if (madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED) == 0) {
+      returned += static_cast<int64_t>(end - begin);
+    }
+  }
+#endif
+  return returned;
 }
 
 int64_t Arena::slab_bytes() const {

@@ -68,6 +68,11 @@ class Arena {
   // that fits; an empty block if there is none. Throws Error if `bytes` is below 1.
   ArenaBlock allocate(int64_t bytes, int64_t preferred = -1);
 
+  // Gives the whole pages of the free ranges back to the system, which makes them anew when they
+  // are written to, as zeros. For memory of the CPU that no file is behind; elsewhere, and where
+  // the system has no such call, nothing happens. Returns the bytes given back or never touched.
+  int64_t return_free_pages();
+
   int64_t slab_bytes() const;
   int64_t alignment() const;
   dlpack::Device device() const;

@@ -15,13 +15,13 @@
 #include "accelrt/dispatch.h"
 #include "accelrt/parallel.h"
 #include "accelrt/unrolled.h"
-#include "kernels/conv2d/conv2d.h"
-#include "kernels/linear/linear_parts.h"
+#include "kernels/conv2d/conv2d_parts.h"
 
 namespace accelrt {
 namespace ACCELRT_ISA {
 namespace {
 
+using namespace conv2d_parts;
 using linear_parts::kColumns;
 using linear_parts::kPairs;
 using linear_parts::kUnit;
@@ -42,17 +42,10 @@ constexpr int kMore = 2 * kRows / 3;
 
 // Output pixels of a tile, at most: many, to make up for its panels.
 constexpr int64_t kPixels = 768;
-// Output columns of a tile, where the kernel has columns: more make the halo no smaller.
-constexpr int64_t kMaxColumns = 256;
 // Rows of a panel: a fourth of a mebibyte.
 constexpr int64_t kMaxDepth = (int64_t{1} << 18) / (kColumns * 4);
 // Pixels this far apart (half a way of the first-level cache) crowd each other out.
 constexpr int64_t kCrowded = 512;
-
-int64_t pieces(int64_t total, int64_t size) { return (total + size - 1) / size; }
-
-// The size of the pieces of `total` that are as equal as can be and at most `size`.
-int64_t even(int64_t total, int64_t size) { return pieces(total, pieces(total, size)); }
 
 // How the output is cut into tiles, and the widened input that belongs to one.
 struct Tiling {
@@ -99,25 +92,6 @@ Tiling tiling_of(const Conv2dParams& p, int64_t units) {
   return t;
 }
 
-// Where a tile begins in the output, and what it has of it.
-struct Tile {
-  int64_t image, row, column;
-  int64_t images, rows, columns;
-};
-
-Tile tile_at(const Conv2dParams& p, const Tiling& t, int64_t index) {
-  const int64_t across = pieces(p.out_width, t.columns);
-  const int64_t down = pieces(p.out_height, t.rows);
-  Tile tile;
-  tile.column = index % across * t.columns;
-  tile.row = index / across % down * t.rows;
-  tile.image = index / across / down * t.images;
-  tile.images = std::min(t.images, p.images - tile.image);
-  tile.rows = std::min(t.rows, p.out_height - tile.row);
-  tile.columns = std::min(t.columns, p.out_width - tile.column);
-  return tile;
-}
-
 // n elements to units; half of the last pair may be missing, and is zero then.
 template <typename T>
 void copy(const T* from, int64_t n, float* to) {
@@ -132,27 +106,27 @@ void copy(const T* from, int64_t n, float* to) {
 
 // The input of a tile to `target`.
 template <typename T>
-void gather(const Conv2dParams& p, const Tiling& t, const Tile& tile, float* target) {
+void gather(const Conv2dParams& p, const Tiling& t, const Patch& patch, float* target) {
   const T* x = static_cast<const T*>(p.x);
   const int64_t row_units = t.in_columns * t.pixel;
-  const int64_t first_row = tile.row * p.stride_height - p.padding_top;
-  const int64_t first_column = tile.column * p.stride_width - p.padding_left;
+  const int64_t first_row = patch.row * p.stride_height - p.padding_top;
+  const int64_t first_column = patch.column * p.stride_width - p.padding_left;
   // The columns [begin, end) of the tile lie in the image.
   const int64_t begin = std::clamp<int64_t>(-first_column, 0, t.in_columns);
   const int64_t end = std::clamp<int64_t>(p.width - first_column, begin, t.in_columns);
   const bool dense = p.x_stride[2] == p.channels && t.pixel * kUnit<T> == p.channels;
-  for (int64_t i = 0; i < tile.images; ++i) {
+  for (int64_t i = 0; i < patch.images; ++i) {
     for (int64_t r = 0; r < t.in_rows; ++r) {
       float* to = target + (i * t.in_rows + r) * row_units;
       const int64_t row = first_row + r;
-      if (row < 0 || row >= p.height || begin == end) {
+      if (row < 0 || row >= p.height || begin == end || p.channels == 0) {
         std::memset(to, 0, sizeof(float) * static_cast<size_t>(row_units));
         continue;
       }
       std::memset(to, 0, sizeof(float) * static_cast<size_t>(begin * t.pixel));
       std::memset(to + end * t.pixel, 0,
                   sizeof(float) * static_cast<size_t>((t.in_columns - end) * t.pixel));
-      const T* from = x + (tile.image + i) * p.x_stride[0] + row * p.x_stride[1] +
+      const T* from = x + (patch.image + i) * p.x_stride[0] + row * p.x_stride[1] +
                       (first_column + begin) * p.x_stride[2];
       if (dense) {
         copy(from, (end - begin) * p.channels, to + begin * t.pixel);
@@ -317,7 +291,7 @@ void finish(const Conv2dParams& p, T* out, int64_t first, const VFloat* sums) {
 // A tile by the units [from, to) of the panel of the output channels from `first`; `waiting`
 // has its sums, [pixels][kColumns], unless these are all of them.
 template <typename T>
-void multiply_tile(const Conv2dParams& p, const Tiling& t, const Tile& tile, const float* x,
+void multiply_tile(const Conv2dParams& p, const Tiling& t, const Patch& patch, const float* x,
                    const Panel& panel, int64_t first, int64_t from, int64_t to, float* waiting) {
   using Unit = std::conditional_t<kPairs<T>, T, float>;
   const int64_t stride = p.stride_width * t.pixel;
@@ -326,7 +300,7 @@ void multiply_tile(const Conv2dParams& p, const Tiling& t, const Tile& tile, con
   const bool last = to == units_of<T>(p.channels);
   // Uses the sums of pixels beside each other.
   const auto use = [&](int64_t image, int64_t row, int64_t column, int count, VFloat* sums) {
-    float* wait = waiting + ((image * tile.rows + row) * tile.columns + column) * kColumns;
+    float* wait = waiting + ((image * patch.rows + row) * patch.columns + column) * kColumns;
     if (from > 0) {
       for (int k = 0; k < count * kVecs; ++k) {
         sums[k] = (Vec(load(wait + k * kLanes)) + Vec(sums[k])).v;
@@ -336,25 +310,25 @@ void multiply_tile(const Conv2dParams& p, const Tiling& t, const Tile& tile, con
       for (int k = 0; k < count * kVecs; ++k) store(wait + k * kLanes, sums[k]);
       return;
     }
-    T* out = static_cast<T*>(p.out) + (tile.image + image) * p.out_stride[0] +
-             (tile.row + row) * p.out_stride[1] + (tile.column + column) * p.out_stride[2];
+    T* out = static_cast<T*>(p.out) + (patch.image + image) * p.out_stride[0] +
+             (patch.row + row) * p.out_stride[1] + (patch.column + column) * p.out_stride[2];
     for (int k = 0; k < count; ++k)
       finish<T>(p, out + k * p.out_stride[2], first, sums + k * kVecs);
   };
   VFloat sums[kRows * kVecs];
-  for (int64_t i = 0; i < tile.images; ++i) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
+  for (int64_t i = 0; i < patch.images; ++i) {
+    for (int64_t r = 0; r < patch.rows; ++r) {
       const float* row = x + from + i * t.in_rows * panel.next_row + r * next_row;
-      if (tile.columns <= kFew && r + 1 < tile.rows) {
+      if (patch.columns <= kFew && r + 1 < patch.rows) {
         // A product waits for the one before on the same sums: few of them leave it idle.
         multiply<Unit, kMore, kFew>(row, stride, next_row, panel, sums);
-        const int count = static_cast<int>(tile.columns);
+        const int count = static_cast<int>(patch.columns);
         use(i, r, 0, count, sums);
         use(i, ++r, 0, count, sums + kFew * kVecs);
         continue;
       }
-      for (int64_t c = 0; c < tile.columns;) {
-        const auto [count, taken] = next_block(tile.columns - c);
+      for (int64_t c = 0; c < patch.columns;) {
+        const auto [count, taken] = next_block(patch.columns - c);
         if (taken == kFew) {
           multiply<Unit, kFew>(row + c * stride, stride, group, panel, sums);
         } else if (taken == kMore) {
@@ -369,26 +343,13 @@ void multiply_tile(const Conv2dParams& p, const Tiling& t, const Tile& tile, con
   }
 }
 
-// A kernel of one pixel sees no rows: those that lie densely are one.
-Conv2dParams with_long_rows(Conv2dParams p) {
-  const bool pixels = p.kernel_height == 1 && p.kernel_width == 1 && p.stride_height == 1 &&
-                      p.stride_width == 1 && p.padding_top == 0 && p.padding_left == 0;
-  if (!pixels) return p;
-  if (p.x_stride[1] == p.width * p.x_stride[2] && p.out_stride[1] == p.width * p.out_stride[2]) {
-    p.width = p.out_width = p.width * p.height;
-    p.height = p.out_height = 1;
-  }
-  return p;
-}
-
 template <typename T>
 void run(const Conv2dParams& given) {
   const Conv2dParams p = with_long_rows(given);
   const int64_t units = units_of<T>(p.channels);
   const Tiling t = tiling_of(p, units);
   const int64_t taps = p.kernel_height * p.kernel_width;
-  const int64_t tiles =
-      pieces(p.images, t.images) * pieces(p.out_height, t.rows) * pieces(p.out_width, t.columns);
+  const int64_t tiles = patches(p, t);
   const int64_t panels = pieces(p.out_channels, kColumns);
   const int64_t depth = std::min(units, std::max<int64_t>(kMaxDepth / taps, 1));
   const int64_t step = units == 0 ? 1 : even(units, depth);
@@ -408,12 +369,12 @@ void run(const Conv2dParams& given) {
         float* x = waiting + wait_floats;
         std::memset(x + t.units(), 0, sizeof(float) * (tile_floats - t.units()));
         int64_t gathered = -1;
-        Tile tile{};
+        Patch patch{};
         for (int64_t i = begin; i < end; ++i) {
           if (gathered != i / panels) {
             gathered = i / panels;
-            tile = tile_at(p, t, gathered);
-            gather<T>(p, t, tile, x);
+            patch = patch_at(p, t, gathered);
+            gather<T>(p, t, patch, x);
           }
           const int64_t first = i % panels * kColumns;
           for (int64_t from = 0; from == 0 || from < units; from += step) {
@@ -422,7 +383,7 @@ void run(const Conv2dParams& given) {
             const Panel panel{
                 weights, to - from, p.kernel_height, p.kernel_width, t.in_columns * t.pixel,
                 t.pixel};
-            multiply_tile<T>(p, t, tile, x, panel, first, from, to, waiting);
+            multiply_tile<T>(p, t, patch, x, panel, first, from, to, waiting);
           }
         }
       });

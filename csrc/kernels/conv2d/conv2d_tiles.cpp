@@ -19,26 +19,20 @@
 #include "accelrt/parallel.h"
 #include "accelrt/tile_block.h"
 #include "accelrt/tile_pack.h"
-#include "kernels/conv2d/conv2d.h"
-#include "kernels/linear/linear_parts.h"
+#include "kernels/conv2d/conv2d_parts.h"
 
 namespace accelrt {
 namespace ACCELRT_ISA {
 namespace {
 
+using namespace conv2d_parts;
 using linear_parts::make_lines;
 using linear_parts::round_up;
 
 constexpr int64_t kPart = 384;                // along K, at most: 24 KiB of a panel
 constexpr int64_t kPixels = 22 * kBlockRows;  // of a tile, at most
-constexpr int64_t kMaxColumns = 256;
-constexpr int64_t kPanels = 4;  // that share the pixels that were just read
-constexpr int64_t kLine = 32;   // bfloat16 in a line of the cache
-
-int64_t pieces(int64_t total, int64_t size) { return (total + size - 1) / size; }
-
-// The size of the pieces of `total` that are as equal as can be and at most `size`.
-int64_t even(int64_t total, int64_t size) { return pieces(total, pieces(total, size)); }
+constexpr int64_t kPanels = 4;                // that share the pixels that were just read
+constexpr int64_t kLine = 32;                 // bfloat16 in a line of the cache
 
 // How the output is cut into tiles, and the copy of the input that belongs to one:
 // [row copies][column copies][images / together][in_rows][in_columns][together][pixel].
@@ -119,25 +113,6 @@ Tiling tiling_of(const Conv2dParams& p) {
     t = tiling_with(p, images, rows, columns);
   }
   return t;
-}
-
-// Where a tile begins in the output, and what it has of it.
-struct Patch {
-  int64_t image, row, column;
-  int64_t images, rows, columns;
-};
-
-Patch patch_at(const Conv2dParams& p, const Tiling& t, int64_t index) {
-  const int64_t across = pieces(p.out_width, t.columns);
-  const int64_t down = pieces(p.out_height, t.rows);
-  Patch patch;
-  patch.column = index % across * t.columns;
-  patch.row = index / across % down * t.rows;
-  patch.image = index / across / down * t.images;
-  patch.images = std::min(t.images, p.images - patch.image);
-  patch.rows = std::min(t.rows, p.out_height - patch.row);
-  patch.columns = std::min(t.columns, p.out_width - patch.column);
-  return patch;
 }
 
 // K in parts: some taps of all channels, or one tap of some channels.
@@ -367,26 +342,13 @@ void finish_block(const Conv2dParams& p, const Tiling& t, const Patch& patch,
   finish(p, t, patch, block.lower, block.first, block.sums + kTileRows * kBlockColumns);
 }
 
-// A kernel of one pixel sees no rows: those that lie densely are one.
-Conv2dParams with_long_rows(Conv2dParams p) {
-  const bool pixels = p.kernel_height == 1 && p.kernel_width == 1 && p.stride_height == 1 &&
-                      p.stride_width == 1 && p.padding_top == 0 && p.padding_left == 0;
-  if (!pixels) return p;
-  if (p.x_stride[1] == p.width * p.x_stride[2] && p.out_stride[1] == p.width * p.out_stride[2]) {
-    p.width = p.out_width = p.width * p.height;
-    p.height = p.out_height = 1;
-  }
-  return p;
-}
-
 }  // namespace
 
 void conv2d_cpu(const Conv2dParams& given) {
   const Conv2dParams p = with_long_rows(given);
   const Tiling t = tiling_of(p);
   const Depth d(p);
-  const int64_t tiles =
-      pieces(p.images, t.images) * pieces(p.out_height, t.rows) * pieces(p.out_width, t.columns);
+  const int64_t tiles = patches(p, t);
   const int64_t all_panels = pieces(p.out_channels, kBlockColumns);
   const int64_t panel_bytes = d.panel() * static_cast<int64_t>(sizeof(float));
   const int64_t packed = std::clamp<int64_t>(kConv2dPackBytes / panel_bytes, 1, all_panels);

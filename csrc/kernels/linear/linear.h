@@ -6,9 +6,10 @@
 // Memory beside, on the CPU: a panel of the weights per thread, 32 rows of K (twice the size of
 // bfloat16 where the processor has no products of it, and then 4 MiB of the rows of x, or twelve of
 // them). With tile registers the threads share either the rows of x, up to kLinearRowsBytes, or
-// packed weights, kLinearPackBytes at most (unless a panel of 32 rows is larger); each has some
-// panels or 1.25 MiB of the rows of x (256 of them at least), and below 512 KiB of sums. On CUDA
-// none; linear_cuda_takes says what its kernel computes, a library has the rest.
+// packed weights, kLinearPackBytes at most (unless a panel of 32 rows is larger); each has up to
+// eight panels or 1.25 MiB of the rows of x (256 of them at least, all of up to 512), and below
+// 512 KiB of sums. On CUDA none; linear_cuda_takes says what its kernel computes, a library has the
+// rest.
 #pragma once
 
 #include "accelrt/cpu_isa.h"

@@ -140,11 +140,10 @@ void run(const LinearParams& p) {
   const int64_t units = units_of<T>(p.depth);
   const int64_t wide_rows = kWideFloats / (units + kLanes) / kRows * kRows;
   const int64_t most = kWiden<T> ? std::clamp<int64_t>(wide_rows, kRows, kChunk) : kChunk;
-  const int64_t chunks = (p.rows + most - 1) / most;
-  const int64_t even = (p.rows + chunks - 1) / chunks;
-  const int64_t chunk = (even + kRows - 1) / kRows * kRows;
+  const int64_t chunks = pieces(p.rows, most);
+  const int64_t chunk = round_up(pieces(p.rows, chunks), kRows);
   const int64_t width = panel_columns(p);
-  const int64_t panels = (p.columns + width - 1) / width;
+  const int64_t panels = pieces(p.columns, width);
   // Small products stay on one thread.
   constexpr int64_t kOperations = 1 << 18;
   const int64_t each = std::max<int64_t>(1, std::min(p.rows, chunk) * kColumns * p.depth);

@@ -195,7 +195,9 @@ inline std::unique_ptr<Line[]> make_lines(int64_t floats) {
   return std::unique_ptr<Line[]>(new Line[static_cast<size_t>((floats + kFloats - 1) / kFloats)]);
 }
 
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int64_t pieces(int64_t total, int64_t size) { return (total + size - 1) / size; }
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return pieces(n, to) * to; }
 
 }  // namespace linear_parts
 }  // namespace ACCELRT_ISA

@@ -38,8 +38,6 @@ constexpr int64_t kFewRows = 16 * kBlockRows;
 constexpr int64_t kSumsBytes = 352 << 10;
 constexpr int64_t kLine = kTileDepth;  // elements of a line of the cache
 
-int64_t pieces(int64_t total, int64_t size) { return (total + size - 1) / size; }
-
 // How the product is cut into pieces.
 struct Plan {
   explicit Plan(const LinearParams& p) {
