@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,14 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
+from test_packaging import ROOT, tomllib
 from typer.testing import CliRunner
 
 import accelrt
 from accelrt.cli import app, errors, scenarios
 from accelrt.reporting.environment import (
+    OPTIONAL,
+    REQUIRED,
     Package,
     code_for,
     conclude,
@@ -170,6 +174,12 @@ def test_packages_are_held_against_our_metadata() -> None:
     assert packages["torch"].version is not None
     assert packages["torch"].fix == ""
     assert inspect_environment().usable
+    # Whatever a message sends the user to the doctor for is in the list.
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {re.split(r"[<>=]", name)[0] for name in project["dependencies"]} == set(REQUIRED)
+    extras = project["optional-dependencies"]
+    assert {*extras["demo"], *extras["train"], "nvidia-ml-py"} == set(OPTIONAL)
+    assert "nvidia-ml-py" in extras["cuda"]
 
 
 @pytest.mark.parametrize(
