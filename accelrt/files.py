@@ -105,8 +105,8 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         part.replace(target)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # of a full disk
-            error.filename = str(path)
+        if isinstance(error, OSError) and error.filename2 is None:
+            error.filename = str(path)  # of a full disk there is none, else that of the part
         raise
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import model_zoo as zoo
 import pytest
 import torch
 from matplotlib.figure import Figure
+from rich.console import Console
 from torch import nn
 
 import accelrt
@@ -18,6 +22,7 @@ from accelrt.planning import cost
 from accelrt.profiling import Profile, tables
 from accelrt.profiling.analysis import Analysis, Row
 from accelrt.profiling.ceilings import Ceilings
+from accelrt.profiling.figures import draw_timeline
 from accelrt.profiling.ops import Kernel, Op, Recorded
 from accelrt.profiling.sampler import Gpu, Sample, Samples
 from accelrt.profiling.spans import Span
@@ -157,6 +162,24 @@ def test_cells_of_a_table() -> None:
     assert tables.cells(prof, row)[5:] == ("2", "-", "-", "-", "3", "-")
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_headings_are_whole_in_every_width(profile: Profile, device: str) -> None:
+    prof = copy.copy(profile)
+    prof.device = device
+    table = prof.table("group", 3)
+    heads = tables.heads(prof, "group")
+    for width in range(70, 140):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(table)
+        text = console.export_text()
+        assert max(map(len, text.splitlines())) <= width
+        line = next(line for line in text.splitlines() if "utilisation" in line)
+        shown = set(re.split(r" {2,}", line.strip()))
+        left_out = " ".join(text.split()).partition("Not shown in this width: ")[2]
+        assert shown | set(left_out.rstrip(".").split(", ")) - {""} == set(heads), width
+        assert not shown & set(left_out.rstrip(".").split(", "))
+
+
 # The page
 
 
@@ -248,3 +271,15 @@ def test_the_page_holds_the_numbers(profile: Profile, tmp_path: Path) -> None:
         for cell in tables.cells(profile, profile.rows(by)[0]):
             assert f"<td>{cell}</td>" in page
     assert "http" not in page  # nothing is loaded from elsewhere
+
+
+def test_a_block_in_which_nothing_ran(tmp_path: Path) -> None:
+    with accelrt.profile(nn.Linear(2, 2)) as prof:
+        pass
+    sentence = "Nothing of Linear ran in the block and in the thread that opened it."
+    assert prof.table().caption.startswith(sentence)
+    assert sentence in prof.html(tmp_path / "report.html").read_text()
+    assert json.loads(prof.save(tmp_path / "trace.json").read_text())["traceEvents"]
+    assert prof.to_dict()["steps"] == 0
+    with pytest.raises(ValueError, match="nothing ran in the block"):
+        draw_timeline(prof, tmp_path / "timeline.png")

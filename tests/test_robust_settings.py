@@ -396,6 +396,8 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     new.save(link)
     assert link.is_symlink()
     assert Rehash.load(path) == Rehash.load(link) == new
+    with pytest.raises(FileNotFoundError, match=f"directory: '{tmp_path / 'none' / 'a.json'}'"):
+        new.save(tmp_path / "none" / "a.json")
     write_text("/dev/null", "nothing")
     assert not Path("/dev/null").is_file()
 

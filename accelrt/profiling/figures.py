@@ -41,12 +41,13 @@ def draw_timeline(profile: Profile, path: Path | IO[bytes], step: int | None = N
         step: index of the step to look into.
 
     Raises:
-        ValueError: there is no such step.
+        ValueError: there is no such step, or nothing ran.
     """
     spans, paths = profile.analysis.spans, profile.analysis.paths
     chosen = [i for i, span in enumerate(spans) if step is None or span.step == step]
     if not chosen:
-        raise ValueError(f"step is {step}; there are {profile.steps} steps")
+        what = "nothing ran in the block" if not spans else f"there are {profile.steps} steps"
+        raise ValueError(f"step is {step}; {what}")
     begin = min(spans[i].begin for i in chosen)
     end = max(spans[i].end for i in chosen)
     depths = _depths(spans)

@@ -53,7 +53,7 @@ def _numbers(profile: Profile) -> list[tuple[str, str, str]]:
         (f"{100 * profile.coverage:.1f} %", "has a name", "of the calls' time"),
         (bytes_text(profile.peak_bytes), "peak", "tensors made in the block, alive at once"),
     ]
-    if profile.ceilings is not None:
+    if profile.ceilings is not None and profile.seconds:
         whole = sum(row.flops for row in profile.rows("part"))
         share = whole / profile.seconds / profile.ceilings.flops_per_second
         remark = f"of {profile.ceilings.flops_per_second / 1e9:.4g} GFLOP/s"
@@ -64,7 +64,9 @@ def _numbers(profile: Profile) -> list[tuple[str, str, str]]:
 
 
 def _pictures(profile: Profile) -> list[tuple[str, Markup]]:
-    drawings: list[tuple[str, Any]] = [("Timeline", figures.draw_timeline)]
+    drawings: list[tuple[str, Any]] = []
+    if profile.analysis.spans:
+        drawings.append(("Timeline", figures.draw_timeline))
     if profile.steps:
         drawings.append(("Steps", figures.draw_steps))
     drawings.append(("Memory", figures.draw_memory))

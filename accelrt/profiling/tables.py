@@ -33,10 +33,9 @@ class _Fitting(Table):
     """Leaves columns out rather than cut names and numbers to a few letters."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        columns, caption = self.columns, self.caption
-        heads = [str(column.header) for column in columns]
-        widths = dict(zip(heads, map(_width, columns), strict=True))
-        name = heads[0]
+        chosen = {str(column.header): column for column in self.columns}
+        widths = dict(zip(chosen, map(_width, self.columns), strict=True))
+        name = next(iter(widths))
         widths[name] = min(widths[name], _NAMES)
         left_out: list[str] = []
         for head in _LEFT_OUT:
@@ -44,14 +43,24 @@ class _Fitting(Table):
             if sum(widths.values()) + 3 * len(widths) - 1 <= options.max_width:
                 break
             left_out.append(head)
-            del widths[head]
-        try:
-            if left_out:
-                self.columns = [column for column in columns if str(column.header) in widths]
-                self.caption = f"{caption} Not shown in this width: {', '.join(left_out)}."
+            del widths[head], chosen[head]
+        if not left_out:
             yield from super().__rich_console__(console, options)
-        finally:
-            self.columns, self.caption = columns, caption
+            return
+        # A table of its own: rich counts on every column's place in the one that made it.
+        shown = Table(
+            box=self.box, pad_edge=self.pad_edge, title=self.title, caption_justify="left",
+            title_justify="left",
+            caption=f"{self.caption} Not shown in this width: {', '.join(left_out)}.",
+        )  # fmt: skip
+        for column in chosen.values():
+            shown.add_column(
+                column.header, justify=column.justify, overflow=column.overflow,
+                no_wrap=column.no_wrap,
+            )  # fmt: skip
+        for row in zip(*(column.cells for column in chosen.values()), strict=True):
+            shown.add_row(*row)
+        yield shown
 
 
 def _width(column: Column) -> int:
@@ -111,6 +120,8 @@ def sentences(profile: Profile) -> list[str]:
         f"{profile.calls} call{'s' * (profile.calls != 1)}, {profile.steps} steps, "
         f"{profile.seconds:.3f} s; {100 * profile.coverage:.1f} % of it has a name."
     ]
+    if not profile.analysis.spans:
+        found = [f"Nothing of {profile.title} ran in the block and in the thread that opened it."]
     chosen = profile.analysis.chosen
     steps = sorted({span.step for span in profile.analysis.spans if span.step >= 0})
     known = [step for step in steps if chosen(step)]
