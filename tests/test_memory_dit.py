@@ -14,6 +14,8 @@ from accelrt.benchmarking import models
 from accelrt.benchmarking.weights import on_meta
 from accelrt.groups.slicing import probing
 from accelrt.memory import track_peak
+from accelrt.planning import component
+from accelrt.planning.plan import ComponentPlan
 
 CASES: dict[str, Any] = {
     "dit-256": functools.partial(models.dit, 32),
@@ -75,3 +77,18 @@ def test_the_table_of_another_grid_is_made_in_bands() -> None:
     """The stock model computes it in float64, whole: 36 MiB and more."""
     given = {"hidden_states": torch.empty(2, 4, 96, 168, dtype=torch.bfloat16, device="meta")}
     assert _peak("pixart-1024", {"slice_mib": 0.1}, **given) < 31.5
+
+
+def test_room_that_a_search_leaves_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept is most in one group and scratch in another: together they are no limit."""
+    _, model = _model("dit-256")
+    limit = int(5.2 * 2**20)
+
+    def planned(loosenings: int) -> ComponentPlan:
+        monkeypatch.setattr(component, "LOOSENINGS", loosenings)
+        plan = accelrt.plan(model, height=256, width=256, batch=1, memory_budget=limit)
+        return plan.components[0]
+
+    without, plan = planned(0), planned(2)
+    assert without.needed_bytes < plan.needed_bytes <= limit
+    assert plan.seconds < without.seconds
