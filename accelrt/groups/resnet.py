@@ -379,6 +379,8 @@ def _images(x: Skip | None, start: int, stop: int) -> Tensor | None:
 
 def _joined(x: Tensor, y: Tensor) -> Tensor:
     """Two slices of channels-last images, joined along the channels."""
+    if torch.compiler.is_compiling():  # Dynamo takes no ``out`` of this layout
+        return torch.cat([x, y], dim=1)
     joint = temporary_images(x, x.shape[0], x.shape[1] + y.shape[1], *x.shape[2:])
     return torch.cat([x, y], dim=1, out=joint)
 
