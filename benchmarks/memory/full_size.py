@@ -1,4 +1,4 @@
-"""Peak live activations of the published model sizes, stock against wrapped, in a minute or two.
+"""Peak live activations of the published model sizes, stock against wrapped, in some minutes.
 
     python benchmarks/memory/full_size.py [--save] [CASE ...]
 
@@ -9,8 +9,8 @@ matrix, as the flash kernels run it. With names (or parts of them), only those c
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,17 +153,25 @@ def save(row: dict[str, Any], gpu: GpuUse) -> None:
 
 def main() -> None:
     """Print the table; with --save, write benchmarks/results/memory-full-size.json."""
-    wanted = [word for word in sys.argv[1:] if not word.startswith("-")]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="the name of a row, or a part")
+    parser.add_argument("--save", action="store_true")
+    arguments = parser.parse_args()
+    for word in arguments.cases:
+        if not any(word in name for name in CASES):
+            parser.error(f"no case has {word!r} in its name; known: {', '.join(CASES)}")
     print("| MiB, bf16, weights apart | " + " | ".join(COLUMNS.values()) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
     gpu = DriverWatch("cpu").found
     for name in CASES:
-        if wanted and not any(word in name for word in wanted):
+        if arguments.cases and not any(word in name for word in arguments.cases):
             continue
         row = row_of(name)
         cells = ("" if row[c] is None else f"{row[c]:.1f}" for c in COLUMNS)
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
-        if "--save" in sys.argv:  # after each: a long run may be interrupted
+        if arguments.save:  # after each: a long run may be interrupted
             save(row, gpu)
     print("\n" + driver_markdown(gpu), end="")
 
