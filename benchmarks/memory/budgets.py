@@ -96,8 +96,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--no-stock", action="store_true")
-    parser.add_argument("--save", dest="out", action="store_const", const=TARGET)
-    parser.add_argument("--out", type=Path, metavar="FILE")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--save", dest="out", action="store_const", const=TARGET)
+    target.add_argument("--out", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     unknown = set(arguments.models) - set(CASES)
     if unknown:
