@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -72,28 +72,39 @@ def mix(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
 
 def attend(
     attn: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Iterable[Tensor],
     mask: Tensor | None = None,
     spare: Spare | None = None,
 ) -> Tensor:
-    """Attention of ``[n, S, C]`` with ``[n, L, C]``, and ``to_out``, which may go to ``spare``."""
-    return project(attn.to_out[0], mix(attn, q, k, v, mask), spare=spare)
+    """Attention of ``[n, S, C]`` with ``[n, L, C]``, and ``to_out``.
+
+    Args:
+        attn: a recognised attention layer.
+        qkv: queries, keys and values, which should have no other reference: those that are not
+            written over are let go before the output is made.
+        mask: as for :func:`mix`.
+        spare: where the output may go.
+    """
+    q, k, v = qkv
+    mixed = mix(attn, q, k, v, mask)
+    del qkv, q, k, v
+    return project(attn.to_out[0], mixed, spare=spare)
 
 
-def self_attention(attn: Any, x: Tensor, spares: Sequence[Spare] = ()) -> Tensor:
+def self_attention(
+    attn: Any, x: Tensor, mask: Tensor | None = None, spares: Sequence[Spare] = ()
+) -> Tensor:
     """Self-attention of tokens ``[n, S, C]``.
 
     Args:
         attn: a recognised attention layer.
         x: the tokens.
+        mask: as for :func:`mix`.
         spares: where products go: the output, which may be over ``x``, queries, keys, values.
     """
     out, *parts = spares or (None,) * 4
-    layers = (attn.to_q, attn.to_k, attn.to_v)
-    q, k, v = (project(layer, x, spare=spare) for layer, spare in zip(layers, parts, strict=True))
-    return attend(attn, q, k, v, spare=out)
+    layers = zip((attn.to_q, attn.to_k, attn.to_v), parts, strict=True)
+    return attend(attn, (project(layer, x, spare=spare) for layer, spare in layers), mask, out)
 
 
 class CrossAttention:
@@ -149,23 +160,23 @@ class CrossAttention:
             return constant.repeat(1, x.shape[1], 1)  # the caller may write to it
         attn = self.attn
         mask = None if self.mask is None else self.mask[start:stop, None]
-        q = project(attn.to_q, x)
         if self.shared is None:
             assert self.full is not None
             context = self.full[start:stop]
-            return attend(attn, q, project(attn.to_k, context), project(attn.to_v, context), mask)
-        images, length, width = q.shape
+            inputs = ((attn.to_q, x), (attn.to_k, context), (attn.to_v, context))
+            return attend(attn, (project(layer, tokens) for layer, tokens in inputs), mask)
+        images, length, _ = x.shape
         first, last = start // self.frames, (stop - 1) // self.frames
         k, v = (t[first : last + 1] for t in self.shared)
         if self.frames == 1:
-            return attend(attn, q, k, v, mask)
+            return attend(attn, (project(attn.to_q, x), k, v), mask)
         if mask is None and (first == last or images == (last + 1 - first) * self.frames):
             # The frames of a sample are one long query.
             samples = last + 1 - first
-            y = attend(attn, q.reshape(samples, -1, width), k, v)
+            y = attend(attn, (project(attn.to_q, x).reshape(samples, -1, attn.inner_dim), k, v))
             return y.view(images, length, -1)
         sample = torch.arange(start, stop, device=x.device) // self.frames - first
-        return attend(attn, q, k[sample], v[sample], mask)
+        return attend(attn, (project(attn.to_q, x), k[sample], v[sample]), mask)
 
 
 def _ignores_queries(attn: Any) -> bool:
@@ -197,6 +208,7 @@ def temporal_self_attention(attn: Any, x: Tensor, frames: int) -> Tensor:
         y = ops.temporal_attention(q, k, v, attn.heads, scale=scale, out=out)
     else:
         y = _temporal_by_permutation(q, k, v, attn.heads, scale)
+    del q, k, v
     return project(attn.to_out[0], y.view(-1, pixels, width))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accelrt import ops
 
-from .attention import CrossAttention, attend, attention_reason, self_attention
+from .attention import CrossAttention, attention_reason, self_attention
 from .banded_attention import BandedAttention, band_length, image_slices
 from .base import Group, Status
 from .image_conditioning import ImageConditioning, unsliceable
@@ -229,8 +229,7 @@ class SpatialTransformerGroup(Group):
 
 def _biased_self_attention(attn: Any, bias: Tensor, x: Tensor, start: int, stop: int) -> Tensor:
     """Self-attention of some images with their rows of a bias ``[N, 1 or S, S]``."""
-    q, k, v = (project(layer, x) for layer in (attn.to_q, attn.to_k, attn.to_v))
-    return attend(attn, q, k, v, bias[start:stop, None])
+    return self_attention(attn, x, bias[start:stop, None])
 
 
 def _of_images(attend: Attend, start: int, stop: int) -> Callable[[Tensor], Tensor]:

@@ -90,7 +90,7 @@ class VaeAttentionGroup(Group):
             x, stats, norm.num_groups, norm.weight, norm.bias, eps=norm.eps,
             out=spares[0].images(*x.shape) if spares else None,
         )  # fmt: skip
-        y = self_attention(attn, tokens(normed), spares)
+        y = self_attention(attn, tokens(normed), spares=spares)
         scale = 1.0 / attn.rescale_output_factor
         if attn.residual_connection:
             source = tokens(x)
