@@ -1,4 +1,8 @@
-"""A measurement in a process of its own: a request on stdin, lines of JSON on stdout."""
+"""A measurement in a process of its own: a line of JSON on stdin, lines of JSON on stdout.
+
+The process ends with the one that asked, even if that is killed: it may hold many GiB for an hour.
+Until then its stdin stays open.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TextIO
 
 from accelrt.benchmarking.progress import Progress
@@ -57,7 +63,8 @@ def answer(handle: Callable[[dict[str, Any], Progress], Any]) -> None:
     Args:
         handle: makes the answer, of values that JSON has, from the request.
     """
-    request = json.load(sys.stdin)
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_stdin, args=(sys.stdin.fileno(),), daemon=True).start()
     lines, sys.stdout = sys.stdout, sys.stderr  # libraries may print; the lines are ours
     result = handle(request, _Lines(lines))
     print(json.dumps({"answer": result}), file=lines, flush=True)
@@ -68,16 +75,23 @@ def _talk(
 ) -> list[Any]:
     assert process.stdin is not None
     assert process.stdout is not None
-    with process.stdin:
-        json.dump(dict(request), process.stdin)
-    answers = []
-    for line in process.stdout:
-        message = json.loads(line)
-        if "call" in message:
-            progress.call(message["call"])
-        else:
-            answers.append(message["answer"])
+    answers: list[Any] = []
+    # Without a reader the process has ended before it read: its last words say why.
+    with suppress(BrokenPipeError), process.stdin:
+        print(json.dumps(dict(request)), file=process.stdin, flush=True)
+        for line in process.stdout:
+            message = json.loads(line)
+            if "call" in message:
+                progress.call(message["call"])
+            else:
+                answers.append(message["answer"])
     return answers
+
+
+def _end_with_stdin(stdin: int) -> None:
+    while os.read(stdin, 1):  # not through sys.stdin: its lock is wanted when the process ends
+        pass
+    os._exit(1)
 
 
 class _Lines(Progress):

@@ -1,14 +1,12 @@
 """One whole call of a published pipeline in a process of its own: does it keep its budget?
 
-``python -m accelrt.benchmarking.whole_call`` reads a request as JSON from standard input
-and prints one JSON line. A process of its own makes the peak of its resident memory, less
-what interpreter and libraries took before the weights, the memory of the call.
+``python -m accelrt.benchmarking.whole_call`` answers one request of :func:`.child.ask`. A process
+of its own makes the peak of its resident memory, less what interpreter and libraries took before
+the weights, the memory of the call.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -21,8 +19,10 @@ from accelrt.config import Config
 from accelrt.memory.sizes import parse_budget
 from accelrt.memory.tracker import weight_bytes
 
+from .child import answer, ask
 from .pipelines import PIPELINES, PipelineCase
 from .process import ProcessWatch, release_memory
+from .progress import Progress
 from .weights import on_meta, random_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -162,35 +162,23 @@ def measure_apart(
     """
     request = {
         "name": name, "size": size, "dtype": dtype, "budget": budget, "seed": seed,
-        "config": config.to_dict(),
+        "config": config.to_dict(), "threads": torch.get_num_threads(),
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "accelrt.benchmarking.whole_call"],
-        input=json.dumps({**request, "threads": torch.get_num_threads()}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"the process ended with {done.returncode}: {done.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, "-m", "accelrt.benchmarking.whole_call"]
+    result: dict[str, Any] = ask(command, request, Progress())
     if "error" in result:
         raise ValueError(result["error"])
     return result
 
 
-def main() -> None:
-    """Answer one request."""
-    request = json.load(sys.stdin)
+def _handle(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     torch.set_num_threads(request.pop("threads"))
-    out, sys.stdout = sys.stdout, sys.stderr  # libraries may print; the line is ours
     try:
         config = Config.from_dict(request.pop("config"))
-        answer = measure_here(**request, config=config).to_dict()
+        return measure_here(**request, config=config).to_dict()
     except ValueError as error:  # a BudgetError, or what is no budget
-        answer = {"error": str(error)}
-    print(json.dumps(answer), file=out, flush=True)
+        return {"error": str(error)}
 
 
 if __name__ == "__main__":
-    main()
+    answer(_handle)
