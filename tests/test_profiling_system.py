@@ -155,7 +155,7 @@ class Event:
 def test_kernels_belong_to_the_range_that_launched_them() -> None:
     gpu = torch.autograd.DeviceType.CUDA
     events = [
-        Event("accelrt.anchor", 900, 100),
+        Event("mark", 900, 100),
         Event("aten::mm", 2000, 300, correlation_id=7),
         Event("cudaLaunchKernel", 2100, 50, correlation_id=70),
         Event("gemm", 5000, 4000, device_type=gpu, correlation_id=70, linked_correlation_id=7),
@@ -165,7 +165,7 @@ def test_kernels_belong_to_the_range_that_launched_them() -> None:
         Event("[memory]", 2050, 0, nbytes=512, device_type=gpu),
         Event("[memory]", 2060, 0, nbytes=-256, device_type=gpu),
     ]
-    found = ops.read(events, [500])  # the profile's clock is 500 behind
+    found = ops.read(events, {"mark": 500}, {})  # the profile's clock is 500 behind
     assert [(op.name, op.begin, op.end) for op in found.ops] == [("aten::mm", 1500, 1800)]
     assert found.memory == [(1550, 0, 512), (1560, 0, 256)]
     whole = Analysis(
@@ -182,6 +182,24 @@ def test_kernels_belong_to_the_range_that_launched_them() -> None:
     assert rows["first"].device_seconds == pytest.approx(4e-6)
     assert rows["second"].device_seconds == pytest.approx(5e-7)
     assert whole.rows("op")[0].device_seconds == pytest.approx(4e-6)
+
+
+def test_clocks_are_compared_at_both_ends() -> None:
+    """The profile's clock is at 100 when the other is at 1000, and runs twice as fast."""
+    events = [
+        Event("another profile's mark", 0, 1),
+        Event("loose", 850, 100),
+        Event("tight", 990, 10),
+        Event("aten::mm", 1500, 200),
+        Event("[memory]", 1600, 0, nbytes=8),
+        Event("tight end", 1990, 10),
+        Event("loose end", 2100, 100),
+    ]
+    begin = {"loose": 7, "tight": 100, "lost": 9}
+    found = ops.read(events, begin, {"loose end": 4000, "tight end": 2100})
+    assert [(op.begin, op.end) for op in found.ops] == [(1100, 1500)]
+    assert found.memory == [(1300, 8, 0)]
+    assert ops.read(events, {"lost": 9}, {}).ops == []
 
 
 def test_nvtx_ranges(monkeypatch: pytest.MonkeyPatch) -> None:

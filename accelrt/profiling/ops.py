@@ -6,9 +6,10 @@ only. Allocations and, on a GPU, kernels are recorded all the time: they cost ne
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +19,10 @@ import torch
 from .cost import Shape, cost_of
 
 _autograd: Any = torch.autograd  # not all of it is in its type stubs
-_ANCHOR = "accelrt.anchor"
-#: The profiler's clock is compared with ours so often; the tightest comparison counts.
+#: The profiler's clock is compared with ours so often at the beginning and at the end of a
+#: profile; the tightest comparison of each counts.
 ANCHORS = 8
+_numbers = itertools.count()  # no two marks of a process have the same name
 _MEMORY = "[memory]"
 #: Above torch's own levels: its profiler reports its start on the error output otherwise.
 _QUIET = ("KINETO_LOG_LEVEL", "9")
@@ -100,7 +102,8 @@ class OpRecorder:
         self.every = every
         self._cuda = cuda
         self._profiler: Any = None
-        self._anchors: list[int] = []
+        self._begin: dict[str, int] = {}
+        self._end: dict[str, int] = {}
 
     def start(self) -> None:
         """Begin."""
@@ -114,9 +117,7 @@ class OpRecorder:
                 activities=kinds, record_shapes=self.every > 0, profile_memory=True
             )
             self._profiler.__enter__()
-        for _ in range(ANCHORS):
-            with torch.profiler.record_function(_ANCHOR):
-                self._anchors.append(time.perf_counter_ns())
+        self._begin = _compare_clocks()
         self._switch(self.every > 0)
 
     def on_step(self, index: int) -> None:
@@ -133,11 +134,12 @@ class OpRecorder:
         self._switch(True)
         if self._profiler is None:
             return Recorded()
+        self._end = _compare_clocks()
         with _quiet():
             self._profiler.__exit__(None, None, None)
         events = self._profiler.profiler.kineto_results.events()
         self._profiler = None
-        return read(events, self._anchors)
+        return read(events, self._begin, self._end)
 
     def _switch(self, on: bool) -> None:
         _autograd._enable_record_function(on)
@@ -155,23 +157,53 @@ def _quiet() -> Iterator[None]:
             del os.environ[name]
 
 
-def read(events: Sequence[Any], anchors: Sequence[int]) -> Recorded:
+def _compare_clocks() -> dict[str, int]:
+    """Read the profile's clock last thing in each of some events; by their names."""
+    anchors = {}
+    for _ in range(ANCHORS):
+        name = f"accelrt.anchor {next(_numbers)}"
+        with torch.profiler.record_function(name):
+            anchors[name] = time.perf_counter_ns()
+    return anchors
+
+
+class _Clock:
+    """The profile's clock at moments of the profiler's, in proportion between two comparisons.
+
+    Args:
+        begin, end: a moment of both clocks, the profiler's first.
+    """
+
+    def __init__(self, begin: tuple[int, int], end: tuple[int, int]) -> None:
+        self._origin, self._offset = begin
+        self._length, self._passed = end[0] - begin[0], end[1] - begin[1]
+
+    def __call__(self, moment: int) -> int:
+        since = moment - self._origin
+        if self._length > 0:
+            since = since * self._passed // self._length
+        return self._offset + since
+
+
+def _tightest(events: Sequence[Any], anchors: Mapping[str, int]) -> tuple[int, int] | None:
+    """The end of the shortest of the events that ``anchors`` has, on both clocks."""
+    marks = (event for event in events if event.name() in anchors)
+    mark = min(marks, key=lambda event: int(event.duration_ns()), default=None)
+    return None if mark is None else (mark.end_ns(), anchors[mark.name()])
+
+
+def read(events: Sequence[Any], begin: Mapping[str, int], end: Mapping[str, int]) -> Recorded:
     """Operators, allocations and kernels out of the events of torch's profiler.
 
     Args:
         events: as the profiler has them.
-        anchors: the profile's clock, read within each of the events that mark it.
+        begin, end: the profile's clock, read last thing in each of the events of these names.
     """
-    marks = sorted(
-        (event for event in events if event.name() == _ANCHOR), key=lambda event: event.start_ns()
-    )
-    if not marks:
+    first, last = _tightest(events, begin), _tightest(events, end)
+    if first is None:
         return Recorded()
-    thread = marks[0].start_thread_id()
-    mark, clock = min(
-        zip(marks, anchors, strict=False), key=lambda pair: int(pair[0].duration_ns())
-    )
-    shift = clock - mark.end_ns()  # read last thing in it
+    thread = next(event.start_thread_id() for event in events if event.name() in begin)
+    clock = _Clock(first, last or first)
     found = Recorded()
     host, launches, device, memory = [], {}, [], []
     for event in events:
@@ -181,29 +213,29 @@ def read(events: Sequence[Any], anchors: Sequence[int]) -> Recorded:
             if not event.is_user_annotation():
                 device.append(event)
         elif event.name().startswith("cuda"):
-            launches[event.correlation_id()] = event.start_ns() + shift
+            launches[event.correlation_id()] = clock(event.start_ns())
         elif event.start_thread_id() == thread and "::" in event.name():
             host.append(event)
     host.sort(key=lambda event: (event.start_ns(), -event.end_ns()))
-    places = _read_ops(host, shift, found)
-    _read_memory(memory, shift, found)
+    places = _read_ops(host, clock, found)
+    _read_memory(memory, clock, found)
     for event in device:
-        begin = event.start_ns() + shift
+        start = clock(event.start_ns())
         op = places.get(event.linked_correlation_id(), -1)
         launched = launches.get(event.correlation_id(), 0)
-        end = begin + event.duration_ns()
-        found.kernels.append(Kernel(event.name(), begin, end, launched, op))
+        stop = start + event.duration_ns()
+        found.kernels.append(Kernel(event.name(), start, stop, launched, op))
         if op >= 0:
             found.ops[op].device_ns += event.duration_ns()
     return found
 
 
-def _read_ops(events: Sequence[Any], shift: int, found: Recorded) -> dict[int, int]:
+def _read_ops(events: Sequence[Any], clock: _Clock, found: Recorded) -> dict[int, int]:
     """The operators with what they cost; their indices by correlation."""
     stack: list[tuple[int, int, bool, bool]] = []  # end, index, and what is counted above
     places: dict[int, int] = {}
     for event in events:
-        begin, end, name = event.start_ns() + shift, event.end_ns() + shift, event.name()
+        begin, end, name = clock(event.start_ns()), clock(event.end_ns()), event.name()
         while stack and stack[-1][0] <= begin:
             stack.pop()
         parent, has_flops, has_bytes = stack[-1][1:] if stack else (-1, False, False)
@@ -245,8 +277,8 @@ def _arguments(event: Any) -> tuple[tuple[Shape, str, Any], ...]:
     return tuple(found)
 
 
-def _read_memory(events: Sequence[Any], shift: int, found: Recorded) -> None:
+def _read_memory(events: Sequence[Any], clock: _Clock, found: Recorded) -> None:
     live = [0, 0]
     for event in sorted(events, key=lambda event: event.start_ns()):
         live[event.device_type() != _autograd.DeviceType.CPU] += event.nbytes()
-        found.memory.append((event.start_ns() + shift, live[0], live[1]))
+        found.memory.append((clock(event.start_ns()), live[0], live[1]))
