@@ -97,7 +97,7 @@ class BandedAttention:
             self.values = empty_rows(like, 1, self.tokens, self.heads * width)
         assert self.keys is not None
         assert self.values is not None
-        for head in range(0, attn.heads, self.heads):
+        for head in starts(attn.heads, self.heads, like):
             columns = slice(head * width, (head + self.heads) * width)
             for start in independent(self.tokens, self.rows, like, self.config, attn):
                 rows = slice(start, start + self.rows)
