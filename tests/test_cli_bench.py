@@ -336,7 +336,7 @@ def test_tuned_malloc_in_a_process_of_its_own() -> None:
 
 def test_tuned_malloc_reports_its_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake = tmp_path / "python"
-    fake.write_text("#!/bin/sh\ncat > /dev/null\necho $MALLOC_TOP_PAD_ $* >&2\nexit 3\n")
+    fake.write_text("#!/bin/sh\nread -r request\necho $MALLOC_TOP_PAD_ $* >&2\nexit 3\n")
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
     with pytest.raises(RuntimeError, match="ended with 3: 268435456 -m accelrt"):
