@@ -23,7 +23,7 @@ def handle(request, progress):
 answer(handle)
 """
 WAITS = """
-import os, sys, time
+import os, time
 from pathlib import Path
 from accelrt.benchmarking.child import answer
 def handle(request, progress):
@@ -57,6 +57,17 @@ def test_it_answers_and_tells_what_it_does() -> None:
 
     assert ask([sys.executable, "-c", ANSWERS], {"number": 41}, Ear()) == 42
     assert heard == ["thinking"]
+
+
+def test_what_the_progress_raises_is_not_the_processs() -> None:
+    """As that of a progress bar whose terminal has gone."""
+
+    class Gone(Progress):
+        def call(self, what: str) -> None:
+            raise BrokenPipeError(what)
+
+    with pytest.raises(BrokenPipeError, match="thinking"):
+        ask([sys.executable, "-c", ANSWERS], {"number": 41}, Gone())
 
 
 @pytest.mark.parametrize("size", [1, 2**20])

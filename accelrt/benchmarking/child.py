@@ -45,11 +45,14 @@ def ask(
             text=True,
             env={**os.environ, **(environment or {})},
         )
+        assert process.stdin is not None
         try:
             answers = _talk(process, request, progress)
             code = process.wait()
         finally:
             process.kill()
+            with suppress(BrokenPipeError):  # of a request that nobody read
+                process.stdin.close()
             process.wait()
         if code or not answers:
             errors.seek(0)
@@ -75,16 +78,15 @@ def _talk(
 ) -> list[Any]:
     assert process.stdin is not None
     assert process.stdout is not None
-    answers: list[Any] = []
-    # Without a reader the process has ended before it read: its last words say why.
-    with suppress(BrokenPipeError), process.stdin:
+    with suppress(BrokenPipeError):  # it has ended before it read: its last words say why
         print(json.dumps(dict(request)), file=process.stdin, flush=True)
-        for line in process.stdout:
-            message = json.loads(line)
-            if "call" in message:
-                progress.call(message["call"])
-            else:
-                answers.append(message["answer"])
+    answers = []
+    for line in process.stdout:
+        message = json.loads(line)
+        if "call" in message:
+            progress.call(message["call"])
+        else:
+            answers.append(message["answer"])
     return answers
 
 
