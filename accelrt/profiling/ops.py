@@ -103,7 +103,6 @@ class OpRecorder:
         self._cuda = cuda
         self._profiler: Any = None
         self._begin: dict[str, int] = {}
-        self._end: dict[str, int] = {}
 
     def start(self) -> None:
         """Begin."""
@@ -134,12 +133,12 @@ class OpRecorder:
         self._switch(True)
         if self._profiler is None:
             return Recorded()
-        self._end = _compare_clocks()
+        end = _compare_clocks()
         with _quiet():
             self._profiler.__exit__(None, None, None)
         events = self._profiler.profiler.kineto_results.events()
         self._profiler = None
-        return read(events, self._begin, self._end)
+        return read(events, self._begin, end)
 
     def _switch(self, on: bool) -> None:
         _autograd._enable_record_function(on)
@@ -185,10 +184,10 @@ class _Clock:
         return self._offset + since
 
 
-def _tightest(events: Sequence[Any], anchors: Mapping[str, int]) -> tuple[int, int] | None:
-    """The end of the shortest of the events that ``anchors`` has, on both clocks."""
-    marks = (event for event in events if event.name() in anchors)
-    mark = min(marks, key=lambda event: int(event.duration_ns()), default=None)
+def _tightest(marks: Sequence[Any], anchors: Mapping[str, int]) -> tuple[int, int] | None:
+    """The end of the shortest of the marks that ``anchors`` has, on both clocks."""
+    own = (mark for mark in marks if mark.name() in anchors)
+    mark = min(own, key=lambda mark: int(mark.duration_ns()), default=None)
     return None if mark is None else (mark.end_ns(), anchors[mark.name()])
 
 
@@ -199,10 +198,12 @@ def read(events: Sequence[Any], begin: Mapping[str, int], end: Mapping[str, int]
         events: as the profiler has them.
         begin, end: the profile's clock, read last thing in each of the events of these names.
     """
-    first, last = _tightest(events, begin), _tightest(events, end)
+    known = {*begin, *end}
+    marks = [event for event in events if event.name() in known]
+    first, last = _tightest(marks, begin), _tightest(marks, end)
     if first is None:
         return Recorded()
-    thread = next(event.start_thread_id() for event in events if event.name() in begin)
+    thread = marks[0].start_thread_id()
     clock = _Clock(first, last or first)
     found = Recorded()
     host, launches, device, memory = [], {}, [], []
