@@ -20,9 +20,10 @@ MIB = 2**20
 
 @pytest.fixture(params=[True, False], ids=["ours", "library"])
 def ours(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether linear layers are by our kernel, whatever the processor."""
+    """Whether linear layers and attention are by our kernels, whatever the processor."""
     chosen = bool(request.param)
     monkeypatch.setattr(products, "linear_is_ours", lambda dtype, depth: chosen)
+    monkeypatch.setattr(products, "_attention_is_ours", lambda dtype, head_dim, device: chosen)
     return chosen
 
 
